@@ -2,6 +2,7 @@
 # make test                   install, then the tests (the long ones: make test-slow; all of these at once: make test-all)
 # make soak                   the long forms of tests that kill, of which the others run short ones; some 20 minutes
 # make lint                   what CI checks besides
+# make bench                  all figures of speed and memory; hours on a quiet machine; goes on where it was stopped
 # make airflow-test           the DAGs in a real Airflow (installed into .venv-airflow) on a real Ray; some 8 minutes
 
 PYTHON ?= python3
@@ -17,7 +18,7 @@ MARKED := not slow and not soak
 
 export VIDEOS
 
-.PHONY: install demo test test-slow test-all soak airflow-test lint format clean
+.PHONY: install demo test test-slow test-all soak bench airflow-test lint format clean
 
 install: $(INSTALLED)
 
@@ -41,6 +42,9 @@ test-all: MARKED := not soak
 soak: MARKED := soak
 
 test-slow test-all soak: test
+
+bench: install
+	$(BIN)/python tests/benchmarks/bench.py --write
 
 airflow-test: install
 	OMP_NUM_THREADS=1 $(BIN)/python tests/infra/airflow/run.py

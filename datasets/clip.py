@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import zstandard
@@ -45,6 +46,12 @@ def decoded(
     mp4: Bytes, frames: Sequence[int] | None = None, size: Size | None = None, name: str = "clip"
 ) -> Iterator[np.ndarray]:
     """The frames of `decode`, (H, W, 3) uint8, one at a time."""
+    for frame in _frames(mp4, frames, size, name):
+        yield frame.to_ndarray()
+
+
+def _frames(mp4: Bytes, frames: Sequence[int] | None, size: Size | None, name: str) -> Iterator[Any]:
+    """The frames of `decode` as av.VideoFrame in rgb24."""
     import av
 
     count = 0
@@ -63,7 +70,7 @@ def decoded(
             for frame in container.decode(stream):
                 if frames is not None and (2 * frame.pts * parts + ticks) // (2 * ticks) != frames[count]:
                     continue
-                yield scaler.reformat(frame, width, height, "rgb24", threads=1).to_ndarray()
+                yield scaler.reformat(frame, width, height, "rgb24", threads=1)
                 count += 1
                 if frames is not None and count == len(frames):
                     return
@@ -82,6 +89,17 @@ def fitted(
     scaled = covering_size(clip_size, size)
     for frame in decoded(mp4, frames, None if scaled == clip_size else scaled, name):
         yield crop(frame[None], size, place)[0]
+
+
+def fill(video: np.ndarray, mp4: Bytes, clip_size: Size, frames: Sequence[int], name: str, place: float = 0.5) -> None:
+    """Fill `video` (3, T, H, W) with the frames of `fitted`, one copy each."""
+    (height, width), size = covering_size(clip_size, video.shape[2:]), video.shape[2:]
+    scaled = None if (height, width) == clip_size else (height, width)
+    part = crop_of((height, width), size, place)
+    for n, frame in enumerate(_frames(mp4, frames, scaled, name)):
+        plane = frame.planes[0]
+        pixels: np.ndarray = np.ndarray((height, width, 3), np.uint8, plane, strides=(plane.line_size, 3, 1))
+        video[:, n] = pixels[part].transpose(2, 0, 1)
 
 
 def frame_difference(video: np.ndarray, factor: int) -> np.ndarray:
@@ -148,13 +166,18 @@ def _array(raw: bytes) -> np.ndarray:
 
 def crop(video: np.ndarray, size: Size, place: float = 0.5) -> np.ndarray:
     """The part of (T, H, W, 3) with the aspect ratio of `size`; `place` 0 is the left or top, 1 the right or bottom."""
-    h, w = video.shape[1:3]
+    return video[:, *crop_of(video.shape[1:3], size, place)]
+
+
+def crop_of(whole: tuple[int, ...], size: tuple[int, ...], place: float = 0.5) -> tuple[slice, slice]:
+    """The rows and columns of a frame of `whole` (height, width) that `crop` takes."""
+    h, w = whole
     target_h, target_w = min(h, w * size[0] // size[1]), min(w, h * size[1] // size[0])
     top, left = round((h - target_h) * place), round((w - target_w) * place)
-    return video[:, top : top + target_h, left : left + target_w]
+    return slice(top, top + target_h), slice(left, left + target_w)
 
 
-def covering_size(clip: Size, size: Size) -> Size:
+def covering_size(clip: Size, size: tuple[int, ...]) -> Size:
     """The smallest (height, width) with the clip's aspect ratio that covers `size`."""
     scale = max(size[0] / clip[0], size[1] / clip[1])
     return max(size[0], round(clip[0] * scale)), max(size[1], round(clip[1] * scale))

@@ -61,7 +61,7 @@ class Rows:
     offsets: np.ndarray  # (S,) where each shard's rows begin in it
     later: frozenset[str] = frozenset()  # names of shards with annotations that came later (see later.py)
     _tables: dict[int, pa.Table] = field(default_factory=dict)
-    _lists: dict[int, dict[str, list[Any]]] = field(default_factory=dict)
+    _lists: dict[int, "_Lists"] = field(default_factory=dict)
     _tars: dict[int, tuple[str, int, str]] = field(default_factory=dict)
     _annotations: dict[int, dict[str, dict[str, Any]]] = field(default_factory=dict)
 
@@ -105,14 +105,16 @@ class Rows:
 
     def row(self, shard: int, number: int) -> dict[str, Any]:
         """Row `number` of a shard, without its scores."""
+        lists = self.lists(shard)
+        return {name: lists[name][number] for name in lists.names}
+
+    def lists(self, shard: int) -> "_Lists":
+        """The columns of a shard by name, each turned into a list when it is first used."""
         if (lists := self._lists.get(shard)) is None:
-            # all values of a shard at once: one by one they would take longer than the sample itself
-            table = self.labelled(shard)
-            lists = {name: table[name].to_pylist() for name in table.column_names if name not in schema.SCORES}
             if len(self._lists) >= _LISTS:
                 self._lists = {}
-            self._lists[shard] = lists
-        return {name: values[number] for name, values in lists.items()}
+            lists = self._lists[shard] = _Lists(self.labelled(shard))
+        return lists
 
     def annotations(self, shard: int) -> dict[str, dict[str, Any]]:
         """The annotations of a shard that came after it was cut, by source."""
@@ -153,6 +155,19 @@ class Rows:
 
     def __getstate__(self) -> dict[str, Any]:
         return {f.name: {} if f.name.startswith("_") else getattr(self, f.name) for f in fields(self)}
+
+
+class _Lists(dict[str, list[Any]]):
+    """The columns of a table as lists: value by value they would take longer than the sample itself."""
+
+    def __init__(self, table: pa.Table) -> None:
+        super().__init__()
+        self.names = [name for name in table.column_names if name not in schema.SCORES]
+        self._table = table
+
+    def __missing__(self, name: str) -> list[Any]:
+        values = self[name] = self._table[name].to_pylist()
+        return values
 
 
 def write(dataset: str, split: str, column: str | None = None) -> int:

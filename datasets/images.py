@@ -13,7 +13,6 @@ import hashlib
 import json
 import tarfile
 import threading
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
+from isal import isal_zlib
 
 from longtake.datasets import index, media, schema, storage
 from longtake.datasets.annotations import label_of
@@ -353,7 +353,7 @@ def _add_text(sample: _Sample, ending: str, offset: int, data: bytes) -> None:
 
 
 def _place(prefix: str, offset: int, data: bytes) -> dict[str, int]:
-    return {f"{prefix}_offset": offset, f"{prefix}_size": len(data), f"{prefix}_crc32": zlib.crc32(data)}
+    return {f"{prefix}_offset": offset, f"{prefix}_size": len(data), f"{prefix}_crc32": isal_zlib.crc32(data)}
 
 
 def _printable(text: str) -> str:

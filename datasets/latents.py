@@ -44,10 +44,13 @@ class Latents:
     digests: Mapping[str, str]  # of the splits' base shards when this was written (see `compact.Rows`)
     shrink: tuple[int, int] = (1, 1)  # (height, width) factors that the video was scaled down by (see `shrunk`)
     join_seconds: float = 0.0  # longest stream of several clips; 0: every clip is encoded by itself
+    live: Mapping[str, Any] | None = None  # how it is encoded while training goes on; None: it is on disk
 
 
 def write_latents(uri: str, latents: Latents) -> None:
-    record.write(uri, "latents", asdict(latents))
+    # without it where there is nothing to say, as ever
+    fields = {name: value for name, value in asdict(latents).items() if name != "live" or value is not None}
+    record.write(uri, "latents", fields)
 
 
 def read_latents(uri: str) -> Latents:

@@ -4,11 +4,12 @@ import hashlib
 import io
 import json
 import tarfile
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from isal import isal_zlib
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def write_tar(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> li
                 tar.addfile(info, io.BytesIO(data))
                 # `tar.offset` is now behind the padded data
                 offset = tar.offset - -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-                digests = hashlib.sha256(data).hexdigest(), zlib.crc32(data)
+                digests = hashlib.sha256(data).hexdigest(), isal_zlib.crc32(data)
                 members.append(Member(key, extension, offset, len(data), *digests))
     return members
 

@@ -58,11 +58,11 @@ Utf8 = Annotated[str, AfterValidator(_encodable)]  # YAML may have halves of cha
 class Input:
     """Marks a config field that names another stage of the recipe, or the URI of such a stage's output; or a tuple of such.
 
-    Of a tuple each is an input by itself, called FIELD.0, FIELD.1 ...
+    Of a tuple each is an input by itself, called FIELD.0, FIELD.1 ... A value that is one of `words` names no input.
     """
 
-    def __init__(self, product: Product) -> None:
-        self.product = product
+    def __init__(self, product: Product, words: tuple[str, ...] = ()) -> None:
+        self.product, self.words = product, words
 
 
 class Naming:
@@ -99,7 +99,8 @@ def cost(config: StageConfig) -> dict[str, Any]:
 def _settings(config: StageConfig) -> dict[str, Any]:
     """A config as plain data, without `run`, the fields marked `Naming`, and later keys by which nothing changes."""
     settings = config.model_dump(mode="json", exclude={RUN} | _named(config))
-    return {name: value for name, value in settings.items() if name not in config.LATER or value != config.LATER[name]}
+    later = {name: value for base in type(config).__mro__ for name, value in getattr(base, "LATER", {}).items()}
+    return {name: value for name, value in settings.items() if name not in later or value != later[name]}
 
 
 def _named(config: StageConfig) -> set[str]:
@@ -123,7 +124,7 @@ def inputs_of(config: StageConfig) -> dict[str, tuple[str, Product]]:
             *(m for a in getattr(field.annotation, "__args__", ()) for m in getattr(a, "__metadata__", ())),
         ]
         for marker in markers:
-            if isinstance(marker, Input) and value is not None:
+            if isinstance(marker, Input) and value is not None and value not in marker.words:
                 several = isinstance(value, tuple)
                 inputs |= (
                     {f"{name}.{number}": (each, marker.product) for number, each in enumerate(value)}

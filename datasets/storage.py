@@ -24,6 +24,7 @@ from longtake.datasets.errors import Failure, UserError
 
 _FOREIGN_DEBRIS_SECONDS = 24 * 3600
 _BLOCK = 1 << 16  # bytes that `Ranges` reads at least
+_CONNECTIONS = 64  # of a process to a store at once
 _LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")  # of botocore, not worth a retry
 _ANSWERS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
@@ -61,6 +62,10 @@ def filesystem(url: str) -> tuple[Any, str]:
 
 
 def _options(protocol: str) -> dict[str, Any]:
+    if protocol in ("s3", "s3a"):
+        # botocore's ten would hold up the loader's threads
+        given = fsspec.config.conf.get(protocol, {}).get("config_kwargs", {})
+        return {"config_kwargs": {"max_pool_connections": _CONNECTIONS} | given}
     if protocol not in ("http", "https"):
         return {}
     import aiohttp

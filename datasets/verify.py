@@ -5,7 +5,6 @@ import hashlib
 import re
 import tarfile
 import threading
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from isal import isal_zlib
 
 from longtake.datasets import (
     audio,
@@ -38,6 +38,7 @@ _STAGES = {
     "caption-": "caption",
     text.PREFIX: "cache_text",
 }  # what makes a column, by how its name begins
+_FILES = ("dataset.json", "listed.json", "unreachable.json")
 _FOLDERS = {"plan", "sources", "views", "compact", "annotations", "answers", "clusters"}
 
 
@@ -148,7 +149,7 @@ class _Member:
         data = self.offset - start
         self.header += block[max(0, data - tarfile.BLOCKSIZE) : max(0, data)]
         part = memoryview(block)[max(0, data) : max(0, data + self.size)]
-        self.checksum = zlib.crc32(part, self.checksum)
+        self.checksum = isal_zlib.crc32(part, self.checksum)
         if self.sha256 is not None:
             self.digest.update(part)
 
@@ -292,7 +293,7 @@ def layout_problems(dataset: str) -> Iterator[str]:
 
 def _stray_files(dataset: str, committed: set[tuple[str, str]]) -> Iterator[str]:
     for name in storage.names(dataset):
-        if name not in {"dataset.json", "unreachable.json", *_FOLDERS, *schema.SPLITS} and not name.startswith("."):
+        if name not in {*_FILES, *_FOLDERS, *schema.SPLITS} and not name.startswith("."):
             yield f"{storage.join(dataset, name)}: belongs to nothing in this dataset; delete it"
     for split in schema.SPLITS:
         for name in storage.names(storage.join(dataset, split)):

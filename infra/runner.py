@@ -56,8 +56,6 @@ def finished(node: Node, store: Runs) -> runs.Run | None:
 
 def _finished_or_lost(node: Node, store: Runs) -> tuple[runs.Run | None, str]:
     """The finished run; or None, and what of it is gone (empty if it never finished)."""
-    from longtake.training.registry import store as model_store
-
     run = store.finished(node.fingerprint)
     if run is None:
         return None, "its run in MLflow was deleted" if store.was_deleted(node.fingerprint) else ""
@@ -65,7 +63,7 @@ def _finished_or_lost(node: Node, store: Runs) -> tuple[runs.Run | None, str]:
     if hasattr(stage, "complete") and not stage.complete(run.uri):
         return None, f"{run.uri} is not whole"
     # a gate that let nothing through has no model
-    if stage.PRODUCES == "model" and run.uri and (loss := model_store.missing(run.uri)):
+    if stage.PRODUCES == "model" and run.uri and (loss := store.loss(run.uri)):
         return None, loss
     return run, ""
 

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +51,28 @@ class Runs:
 
     def find(self, fingerprint: str) -> Run | None:
         """The finished run of a fingerprint, else the latest one, which can be resumed."""
+        if run := sqlite_store.finished(self.tracking_uri, self.experiment, _FINGERPRINT, fingerprint):
+            return _run(run.id, "FINISHED", run.start, run.end, run.tags, self.workspace)
         condition = f"tags.`{_FINGERPRINT}` = '{fingerprint}'"
         runs = self.client.search_runs([self.experiment], condition, order_by=["start_time DESC"])
         finished = [r for r in runs if r.info.status == "FINISHED"]
-        return _run((finished or runs)[0], self.workspace) if runs else None
+        if not runs:
+            return None
+        run, info = (finished or runs)[0], (finished or runs)[0].info
+        return _run(info.run_id, info.status, info.start_time, info.end_time, run.data.tags, self.workspace)
 
     def finished(self, fingerprint: str) -> Run | None:
         run = self.find(fingerprint)
         return run if run and run.status == "FINISHED" else None
+
+    def loss(self, model: str) -> str:
+        """A sentence where a model's version, or its files on this machine's disks, are gone; else empty."""
+        from longtake.training.registry import store as model_store
+
+        if sqlite_store.has_model(self.tracking_uri, model):
+            return ""
+        client_of(self.tracking_uri)  # quiet from here on
+        return model_store.missing(model)
 
     def was_deleted(self, fingerprint: str) -> bool:
         """Whether somebody has deleted a finished run of a fingerprint."""
@@ -155,6 +170,10 @@ def connect(recipe: Recipe) -> Runs:
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI") or _sqlite_uri(recipe)
     os.environ |= {"MLFLOW_TRACKING_URI": uri, "MLFLOW_EXPERIMENT_NAME": recipe.name}
+    with sqlite_store.opened_alone(uri):
+        if known := sqlite_store.experiment(uri, recipe.name):
+            sqlite_store.update_places(uri, recipe.workspace, known.artifacts)
+            return Runs(_LateClient(uri), known.id, uri, recipe.workspace)
     from mlflow.exceptions import MlflowException
 
     try:
@@ -214,14 +233,27 @@ def client_of(uri: str) -> Any:
     return MlflowClient(uri)
 
 
-def _run(run: Any, workspace: str) -> Run:
-    tags, info = run.data.tags, run.info
-    seconds = ((info.end_time or time.time() * 1000) - info.start_time) / 1000
+class _LateClient:
+    """MLflow's client of a store, made when it is first asked: MLflow takes a second to import."""
+
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
+
+    @cached_property
+    def _client(self) -> Any:
+        return client_of(self._uri)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+
+def _run(run_id: str, status: str, start: int, end: int | None, tags: Mapping[str, str], workspace: str) -> Run:
+    seconds = ((end or time.time() * 1000) - start) / 1000
     output = tags.get(_OUTPUT, "")
     # an output is WORKSPACE/STAGE/DIGEST, and the workspace may have been moved since
     old_workspace = output.rsplit("/", 2)[0]
     output, uri = (storage.placed(url, old_workspace, workspace) for url in (output, tags.get(_URI, "")))
-    return Run(info.run_id, info.status, output, uri, seconds, tags.get(_ERROR, ""))
+    return Run(run_id, status, output, uri, seconds, tags.get(_ERROR, ""))
 
 
 def params_of(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

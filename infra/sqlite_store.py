@@ -1,16 +1,28 @@
-"""The sqlite store of runs inside a workspace: opened by one process at a time, and moved with its workspace."""
+"""The sqlite store of runs inside a workspace: opened by one process at a time, moved with its workspace, and looked into.
+
+A look confirms what has finished and is still there, since MLflow takes longer to import than that takes. Whatever it
+does not find, or does not know, is for MLflow's own client to say.
+"""
 
 import contextlib
 import fcntl
+import os
 import sqlite3
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from longtake.datasets.errors import Failure
+from longtake.training.registry.uri import parse
 
 PATIENCE = 60.0  # seconds to wait for a store that another program has locked
+
+# of the tables that a look reads, by MLflow's migrations; a store of another state is left to its client
+SCHEMA = "dc11669786a5"
+# settings by which MLflow would answer from elsewhere
+_ELSEWHERE = ("MLFLOW_REGISTRY_URI", "MLFLOW_ENABLE_WORKSPACES")
 
 _SCHEME = "sqlite:///"
 # columns with paths: MLflow's, and the tags of our runs
@@ -100,7 +112,7 @@ def products(path: Path) -> dict[str, tuple[str, str]]:
 
     It is a look at the file that changes nothing; empty where that is no store, or is locked.
     """
-    asked = (
+    question = (
         "SELECT made.value, stage.value, experiments.name FROM runs"
         " JOIN experiments ON experiments.experiment_id = runs.experiment_id"
         " JOIN tags AS made ON made.run_uuid = runs.run_uuid AND made.key = 'longtake.uri'"
@@ -109,6 +121,78 @@ def products(path: Path) -> dict[str, tuple[str, str]]:
     )
     try:
         with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=1.0)) as db:
-            return {uri: (stage, recipe) for uri, stage, recipe in db.execute(asked)}
+            return {uri: (stage, recipe) for uri, stage, recipe in db.execute(question)}
     except sqlite3.Error:
         return {}
+
+
+class Experiment(NamedTuple):
+    """An active experiment."""
+
+    id: str
+    artifacts: str
+
+
+class Finished(NamedTuple):
+    """A finished run; times in milliseconds."""
+
+    id: str
+    start: int
+    end: int
+    tags: dict[str, str]
+
+
+def experiment(uri: str, name: str) -> Experiment | None:
+    """The experiment of a name; None where a look does not tell."""
+    rows = _look(
+        uri,
+        "SELECT experiment_id, artifact_location FROM experiments"
+        " WHERE name = ? AND lifecycle_stage = 'active' AND workspace = 'default'",
+        (name,),
+    )
+    return Experiment(str(rows[0][0]), rows[0][1]) if len(rows) == 1 else None
+
+
+def finished(uri: str, experiment: str, tag: str, value: str) -> Finished | None:
+    """The latest finished run with a tag; None where a look does not tell."""
+    rows = _look(
+        uri,
+        "SELECT runs.run_uuid, start_time, end_time FROM runs"
+        " JOIN tags ON tags.run_uuid = runs.run_uuid AND tags.key = ? AND tags.value = ?"
+        " WHERE experiment_id = ? AND lifecycle_stage = 'active' AND status = 'FINISHED' AND end_time IS NOT NULL"
+        " ORDER BY start_time DESC LIMIT 1",
+        (tag, value, experiment),
+    )
+    if not rows:
+        return None
+    run, start, end = rows[0]
+    return Finished(run, start, end, dict(_look(uri, "SELECT key, value FROM tags WHERE run_uuid = ?", (run,))))
+
+
+def has_model(uri: str, model: str) -> bool:
+    """Whether a version, `models:/NAME/NUMBER`, is registered and its folder is there; False where a look does not tell."""
+    name, number, _ = parse(model) if model.startswith("models:/") else ("", "", "")
+    if not name or not number.isdecimal():
+        return False
+    rows = _look(
+        uri,
+        "SELECT coalesce(nullif(storage_location, ''), source) FROM model_versions"
+        " WHERE name = ? AND version = ? AND current_stage <> 'Deleted_Internal' AND workspace = 'default'",
+        (name, int(number)),
+    )
+    location = str(rows[0][0]) if len(rows) == 1 else ""
+    return bool(location) and "://" not in location and Path(location).is_dir()
+
+
+def _look(uri: str, question: str, values: tuple[object, ...]) -> list[tuple[Any, ...]]:
+    """The rows that a question finds in a store of the known schema; none elsewhere. It changes nothing."""
+    path = path_of(uri)
+    if path is None or not path.is_file() or any(os.environ.get(name) for name in _ELSEWHERE):
+        return []
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=1.0)) as db:
+            if db.execute("SELECT version_num FROM alembic_version").fetchall() != [(SCHEMA,)]:
+                return []
+            return db.execute(question, values).fetchall()
+    except sqlite3.Error:
+        return []

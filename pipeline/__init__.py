@@ -1,1 +1,1 @@
-"""Ray Data jobs: raw video to shards, caches and views. Plain functions here, the Ray graphs in `stages`."""
+"""Ray jobs: raw video to shards, caches and views. Plain functions here, the Ray graphs in `stages`."""

@@ -37,9 +37,20 @@ class TaskConfig(StageConfig):
         return {"num_cpus": self.cpus, **reserved, **({"resources": self.custom} if self.custom else {})}
 
 
+def ray_data() -> Any:
+    """The module `ray.data`, without its progress bars. Work that needs no actors does without: loading it takes a second."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    return ray.data
+
+
 @contextlib.contextmanager
 def connected(stage: str, task: TaskConfig | None = None) -> Iterator[Any]:
-    """Connect to Ray for the block, with quiet logs and without Ray's progress bars; gives the `ray` module.
+    """Connect to Ray for the block, with quiet logs; gives the `ray` module.
 
     Args:
         stage: name of the work in errors.
@@ -47,6 +58,7 @@ def connected(stage: str, task: TaskConfig | None = None) -> Iterator[Any]:
 
     Raises:
         UserError: no node of the cluster has room for a task, or RAY_ADDRESS does not answer.
+        Failure: Ray does not start, even at a second try, or fails later.
     """
     address = environment.ray_address()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -60,18 +72,10 @@ def connected(stage: str, task: TaskConfig | None = None) -> Iterator[Any]:
     # in an empty folder, which must exist as long as the workers do
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as empty:
         if ours:
-            try:
-                options = {"include_dashboard": False} if address == "local" else {}
-                with contextlib.chdir(empty):
-                    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
-            except (ConnectionError, OSError) as e:
-                raise UserError(f"RAY_ADDRESS={address}: no Ray cluster answers ({str(e).splitlines()[0]})") from e
+            with contextlib.chdir(empty):
+                _start(stage, ray, address)
         try:
             _require_room(stage, task or TaskConfig(), [node["Resources"] for node in ray.nodes() if node["Alive"]])
-            context = ray.data.DataContext.get_current()
-            context.enable_progress_bars = False
-            context.print_on_execution_start = False
-            logging.getLogger("ray.data").setLevel(logging.ERROR)
             yield ray
         except ray.exceptions.RaySystemError as e:
             raise Failure(
@@ -80,6 +84,38 @@ def connected(stage: str, task: TaskConfig | None = None) -> Iterator[Any]:
         finally:
             if ours:
                 ray.shutdown()
+
+
+def _start(stage: str, ray: Any, address: str) -> None:
+    """Join the cluster at `address`, or start one here; where that one does not come up, on a busy machine, try once more.
+
+    Raises:
+        UserError: no cluster answers.
+        Failure: no cluster could be started.
+    """
+    options = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address != "local":
+        try:
+            ray.init(address=address, **options)
+        except (ConnectionError, OSError) as e:
+            raise UserError(f"RAY_ADDRESS={address}: no Ray cluster answers ({_first_line(e)})") from e
+        return
+    for attempt in (1, 2):
+        try:
+            ray.init(address="local", include_dashboard=False, **options)
+            return
+        except Exception as e:
+            # Ray raises many kinds, plain ones among them: what it has started has to end in any case
+            ray.shutdown()
+            if attempt == 2:
+                raise Failure(
+                    f"stage {stage}: Ray did not start on this machine, twice ({_first_line(e)});"
+                    " run the same command again when it is less busy, or set RAY_ADDRESS to a cluster"
+                ) from e
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _require_room(stage: str, task: TaskConfig, nodes: list[dict[str, float]]) -> None:

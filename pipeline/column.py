@@ -23,7 +23,7 @@ from longtake.datasets import compact, index, schema, storage, view
 from longtake.datasets.errors import Failure, UserError, in_short
 from longtake.datasets.shard import sha256_of, write_tar
 from longtake.pipeline import groups
-from longtake.pipeline.cluster import TaskConfig
+from longtake.pipeline.cluster import TaskConfig, ray_data
 from longtake.pipeline.commit import column_rows
 
 Make = Callable[..., dict[str, int]]  # make(split=, name=, keep=, report=) makes and commits a shard; returns counts
@@ -216,9 +216,10 @@ def make(
         Failure, Interrupted: as `groups.run`.
     """
 
-    def start(ray: Any, rows: Any, board: Any) -> Any:
+    def start(ray: Any, board: Any) -> Any:
+        data = ray_data()
         worker, room = _pool(stage, task, [node["Resources"] for node in ray.nodes() if node["Alive"]])
-        return rows.map(
+        results = data.from_items(rows, override_num_blocks=len(rows)).map(
             Worker,
             fn_constructor_kwargs={
                 "load": load,
@@ -227,11 +228,10 @@ def make(
                 "device": "cuda" if worker.gpus else "cpu",
                 "board": board,
             },
-            compute=ray.data.ActorPoolStrategy(
-                size=min(task.workers or room, len(jobs)), max_tasks_in_flight_per_actor=2
-            ),
+            compute=data.ActorPoolStrategy(size=min(task.workers or room, len(jobs)), max_tasks_in_flight_per_actor=2),
             **worker.options(),
         )
+        return results.iter_rows()
 
     if not jobs:
         return Counter()

@@ -6,7 +6,9 @@ import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from longtake.pipeline.fetch import Unread, part
 
@@ -24,11 +26,14 @@ def separated(new: pa.Table, known: pa.Table, least_bytes: int, threads: ThreadP
         known: columns source, uri, of earlier plans.
         least_bytes: size from which samples leave something out.
     """
-    columns = (new[name].to_pylist() for name in ("source", "uri", "bytes", "sampled"))
+    is_sampled = pc.and_(new["sampled"], pc.fill_null(pc.greater_equal(new["bytes"], least_bytes), False))
+    if not pc.any(is_sampled).as_py():
+        return new
+    rows = np.flatnonzero(np.asarray(is_sampled)).tolist()
+    columns = (new[name].filter(is_sampled).to_pylist() for name in ("source", "uri", "bytes"))
     alike: dict[str, list[tuple[str, int, int]]] = {}
-    for row, (source, uri, size, sampled) in enumerate(zip(*columns, strict=True)):
-        if sampled and size is not None and size >= least_bytes:
-            alike.setdefault(source, []).append((uri, size, row))
+    for row, source, uri, size in zip(rows, *columns, strict=True):
+        alike.setdefault(source, []).append((uri, size, row))
 
     firsts = dict(zip(reversed(known["source"].to_pylist()), reversed(known["uri"].to_pylist()), strict=True))
     sources = new["source"].to_pylist()

@@ -14,7 +14,7 @@ from typing import Any
 
 import av
 import numpy as np
-from av.video.reformatter import VideoReformatter
+from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
 from longtake.pipeline import hdr as tone
 from longtake.pipeline.container import Unreadable, film, seconds_of, unread
@@ -22,6 +22,12 @@ from longtake.pipeline.orientation import Orientation, orientation_of, shown_siz
 from longtake.pipeline.second_opinion import decord_frames
 
 _MAX_DAMAGED_PACKETS = 1000  # in a row
+_TARGET = {
+    "dst_colorspace": Colorspace.ITU601,
+    "dst_color_range": ColorRange.MPEG,
+    "interpolation": Interpolation.BICUBIC,
+    "threads": 1,
+}
 _BACK_SECONDS = 0.25  # times that go back by less are out of order, as for B-frames in AVI; by more, a new clock begins
 
 
@@ -107,8 +113,11 @@ def _pyav_frames(path: str, tally: Tally) -> Iterator[Frame]:
         timed = ((frame, _time(frame.image)) for frame in _deinterlaced(intact))
         for frame, seconds, back in monotonic(timed, interval, tally):
             image = frame.image
-            duration = float(image.duration * image.time_base) if image.duration and image.time_base else 0.0
-            yield replace(frame, seconds=seconds, duration=duration, starts=frame.starts or back)
+            # integers: a product of fractions would cost more than the frame's other bookkeeping
+            base = image.time_base if image.duration else None
+            duration = image.duration * base.numerator / base.denominator if base else 0.0
+            starts = frame.starts or back
+            yield Frame(frame.number, seconds, duration, image, frame.orientation, frame.aspect, starts)
         tally.ended = tally.ended or unread(path, container)
 
 
@@ -286,15 +295,19 @@ def to_planes(frame: Frame, scaled: tuple[int, int], crop: tuple[int, int], scal
     if tone.is_hdr(image):
         # at the small size, where it costs little; the reformat below only converts, with its own tables
         image, scaler = tone.sdr_image(image, width, height, scaler), VideoReformatter()
-    target = {"dst_colorspace": "ITU601", "dst_color_range": "MPEG", "interpolation": "BICUBIC", "threads": 1}
-    planes = scaler.reformat(image, width, height, "yuv420p", **target).to_ndarray()
-    cropped = []
-    for plane, subsampling in zip((luma(planes), *chroma(planes)), (1, 2, 2), strict=True):
-        w, h = crop[0] // subsampling, crop[1] // subsampling
-        # the luma offset is even, so that chroma stays aligned
-        left, top = ((side - inner) // 4 * 2 // subsampling for side, inner in zip(scaled, crop, strict=True))
-        cropped.append(upright(plane, frame.orientation)[top : top + h, left : left + w].reshape(-1))
-    return np.concatenate(cropped).reshape(crop[1] * 3 // 2, crop[0])
+    small = scaler.reformat(image, width, height, "yuv420p", **_TARGET)
+    planes = np.empty((crop[1] * 3 // 2, crop[0]), np.uint8)
+    # the luma offset is even, so that chroma stays aligned
+    left, top = ((side - inner) // 4 * 2 for side, inner in zip(scaled, crop, strict=True))
+    for plane, target, subsampling in zip(small.planes, (luma(planes), *chroma(planes)), (1, 2, 2), strict=True):
+        h, w = target.shape
+        x, y = left // subsampling, top // subsampling
+        # the only copy: rows of a decoder's planes are longer than the picture
+        rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[
+            : height // subsampling, : width // subsampling
+        ]
+        target[:] = upright(rows, frame.orientation)[y : y + h, x : x + w]
+    return planes
 
 
 def luma(planes: np.ndarray) -> np.ndarray:

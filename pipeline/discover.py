@@ -7,7 +7,7 @@ some millions of files, name them in a manifest.
 import hashlib
 import json
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,9 @@ from longtake.pipeline.manifest import LISTING, is_manifest, read
 _BATCH_ROWS = 1 << 16
 
 
-def find(patterns: Sequence[str], threads: int = 16) -> Iterator[pa.RecordBatch]:
+def find(
+    patterns: Sequence[str], threads: int = 16, unsized: Callable[[], None] = lambda: None
+) -> Iterator[pa.RecordBatch]:
     """Expand files, folders, globs and manifests (fsspec URLs) to batches of LISTING. A file named twice has two rows.
 
     A folder gives every file below it with the suffix of a video; a file, or what matches a glob, is taken whatever its
@@ -31,16 +33,20 @@ def find(patterns: Sequence[str], threads: int = 16) -> Iterator[pa.RecordBatch]
     `bytes` and `etag`, which save a request for each file; all other columns (label, caption ...) travel to the samples.
     `bytes` is null where it is unknown.
 
+    Args:
+        unsized: called for a batch of which stores have to be asked for sizes.
+
     Raises:
         UserError: a pattern matches nothing, or names nothing that exists; a manifest is not readable or of a kind that is
             not read.
     """
     count = 0
     for pattern in patterns:
-        list_sources = _manifest_rows if is_manifest(pattern) else _files
-        for batch in list_sources(pattern, threads):
+        for batch in _manifest_rows(pattern) if is_manifest(pattern) else _files(pattern):
             count += len(batch)
-            yield batch
+            if batch["bytes"].null_count:
+                unsized()
+            yield _with_sizes(batch, threads)
     if not count:
         raise UserError(f"sources: {', '.join(patterns)}: no source listed there")
 
@@ -53,17 +59,21 @@ def listing_digest(patterns: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def _files(pattern: str, threads: int) -> Iterator[pa.RecordBatch]:
+def _files(pattern: str) -> Iterator[pa.RecordBatch]:
     entries = expand(pattern)
     for start in range(0, len(entries), _BATCH_ROWS):
         rows = [entry._asdict() for entry in entries[start : start + _BATCH_ROWS]]
-        yield _with_sizes(pa.RecordBatch.from_pylist(rows, schema=LISTING), threads)
+        yield pa.RecordBatch.from_pylist(rows, schema=LISTING)
 
 
-def _manifest_rows(pattern: str, threads: int) -> Iterator[pa.RecordBatch]:
-    for manifest in matching(pattern) if is_glob(pattern) else [pattern]:
-        for batch in read(manifest):
-            yield _with_sizes(batch, threads)
+def _manifest_rows(pattern: str) -> Iterator[pa.RecordBatch]:
+    for manifest in manifests(pattern):
+        yield from read(manifest)
+
+
+def manifests(pattern: str) -> list[str]:
+    """The URIs of the manifests that a pattern names. Raises UserError: nothing matches a glob."""
+    return matching(pattern) if is_glob(pattern) else [pattern]
 
 
 def _with_sizes(batch: pa.RecordBatch, threads: int) -> pa.RecordBatch:

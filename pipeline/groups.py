@@ -2,7 +2,7 @@
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -13,7 +13,8 @@ from longtake.datasets.masking import shown
 from longtake.pipeline.board import Board, watched
 from longtake.pipeline.cluster import TaskConfig, connected
 
-Start = Callable[[Any, Any, Any], Any]
+Start = Callable[[Any, Any], Iterable[dict[str, Any]]]
+_IN_FLIGHT = 4096  # tasks that Ray holds at once: more than a cluster has CPUs, so that one that grows by demand grows
 
 
 def run(
@@ -32,8 +33,8 @@ def run(
         stage: name of the work, for the bar and in errors.
         jobs: plain data; each is one task, so that a retry repeats no other.
         task: what one task needs of the cluster.
-        start: `start(ray, rows, board)` maps the rows of a Ray Data set, one for each job, to results: mappings of counts,
-            among them `units`, and an `error`, which is empty where there is none. Tasks report to `board`, a `Board`.
+        start: `start(ray, board)` gives the result of each job as it comes: counts, among them `units`, and an `error`,
+            which is empty where there is none. Tasks report to `board`, a `Board`.
         unit, total: what the bar counts, and its end.
         failed: the message about groups with an error.
 
@@ -50,14 +51,13 @@ def run(
         with connected(stage, task) as ray, tqdm(desc=stage, total=total, unit=unit) as bar:
             # if its node dies it restarts empty, and tasks report to it anew
             board = ray.remote(num_cpus=0, max_restarts=-1)(Board).remote()
-            rows = ray.data.from_items([dict(job) for job in jobs], override_num_blocks=len(jobs))
 
             def show(units: int, line: str) -> None:
                 bar.update(max(0, units - bar.n))
                 if line:
                     bar.write(f"{stage}: {shown(storage.printable(line))}", file=sys.stderr)
 
-            results = watched(start(ray, rows, board).iter_rows(), ray, board, stage, task.stall_seconds, show)
+            results = watched(iter(start(ray, board)), ray, board, stage, task.stall_seconds, show)
             for number, result in enumerate(results, 1):
                 if error := result.pop("error"):
                     errors.append(error)
@@ -69,3 +69,30 @@ def run(
     if errors:
         raise Failure(f"{len(errors)} of {len(jobs)} {failed}, the first: {errors[0]}")
     return totals
+
+
+def tasks(
+    ray: Any, make: Callable[..., Any], jobs: Sequence[Any], options: Mapping[str, Any], *arguments: Any
+) -> Iterator[Any]:
+    """`make(job, *arguments)` of each job as it comes, each in a Ray task that is done again where its node or worker dies.
+
+    Plain tasks: Ray Data would start actors of its own and load itself into every worker, which takes seconds.
+
+    Args:
+        options: what a task needs, as in Ray's `options`.
+        arguments: references to what is in Ray's store, or small values.
+    """
+    task = ray.remote(make).options(max_retries=-1, **options)
+    running = list[Any]()
+    try:
+        for job in jobs:
+            if len(running) == _IN_FLIGHT:
+                done, running = ray.wait(running)
+                yield from ray.get(done)
+            running.append(task.remote(job, *arguments))
+        while running:
+            done, running = ray.wait(running)
+            yield from ray.get(done)
+    finally:
+        for unneeded in running:
+            ray.cancel(unneeded)

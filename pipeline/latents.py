@@ -17,19 +17,28 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from longtake.datasets import clip as clip_file
 from longtake.datasets import index, schema, storage
+from longtake.datasets.encoding import (
+    Settings,
+    Stream,
+    Strides,
+    batches,
+    frames_of,
+    latents_of,
+    posteriors,
+    streams,
+    target_size,
+)
 from longtake.datasets.errors import Failure
-from longtake.datasets.latents import Moments, merged, moments, shrunk
+from longtake.datasets.latents import Moments, merged, moments
 from longtake.datasets.loader import to_model
 from longtake.pipeline import column as columns
-from longtake.pipeline.streams import Settings, Stream, Strides, batches, frames_of, latents_of, streams, target_size
 
 _AHEAD = 2  # chunks that are decoded while one is encoded
 _NUMPY = {"bfloat16": "<u2", "float16": "<f2"}  # numpy has no bfloat16: its bits are stored
-_TORCH = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Report = Callable[[int, str], None]
 
@@ -174,18 +183,11 @@ def _posteriors(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Latents (B, t, 2, C, h, w), as stored and as numbers, of chunks of video (B, T, H, W, 3) uint8."""
     device = next(model.parameters()).device
-
-    def on_device() -> Iterator[Tensor]:
-        for video in videos:
-            pixels = to_model(torch.from_numpy(video).to(device).permute(0, 4, 1, 2, 3))
-            yield shrunk(pixels, settings.shrink, strides.stride)
-
+    on_device = (to_model(torch.from_numpy(video).to(device).permute(0, 4, 1, 2, 3)) for video in videos)
     with torch.inference_mode():
-        stream = model.encode_stream(on_device(), settings.chunk, settings.tile, settings.overlap)  # type: ignore[operator]
         try:
-            for posterior in stream:
-                exact = torch.stack([posterior.mean, posterior.logvar], 1).permute(0, 3, 1, 2, 4, 5)
-                latents = exact.to(_TORCH[settings.dtype]).cpu().contiguous()
+            for exact, rounded in posteriors(model, strides, on_device, settings):
+                latents = rounded.cpu().contiguous()
                 if not latents.isfinite().all():
                     key = next(row["key"] for row, clip in zip(rows, latents, strict=True) if not clip.isfinite().all())
                     remedy = "; try `dtype: bfloat16`" if settings.dtype == "float16" and exact.isfinite().all() else ""

@@ -5,7 +5,7 @@ compressed, or Parquet (a file, or a folder of parts).
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 from urllib.parse import unquote
@@ -97,6 +97,13 @@ def read(url: str) -> Iterator[pa.RecordBatch]:
         raise UserError(f"sources: {part}: not a readable manifest ({message[:300]}); manifests are {KINDS}") from e
     if not count:
         raise UserError(f"sources: {url}: a manifest without rows; manifests are {KINDS}, with a column `uri`")
+
+
+def parts(url: str) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """The names of the files of a manifest, and what opens each. Raises OSError, ValueError, UserError, Failure."""
+    fs, path = storage.filesystem(url.rstrip("/"))
+    for file, _ in _files(fs, path, url):
+        yield file, partial(storage.retrying, url, partial(fs.open, file, "rb"))
 
 
 def _files(fs: Any, path: str, url: str) -> Iterator[tuple[str, Mapping[str, str | None]]]:

@@ -28,6 +28,7 @@ from longtake.pipeline.changes import Changes
 from longtake.pipeline.copies import separated
 from longtake.pipeline.discover import find
 from longtake.pipeline.fetch import Unread, part
+from longtake.pipeline.listed import Listed
 from longtake.pipeline.retry import Tries, answering, by_name, read_tries, waiting
 from longtake.pipeline.seen import Seen, batches
 
@@ -46,12 +47,21 @@ def identify(listing: pa.RecordBatch, threads: ThreadPoolExecutor) -> np.ndarray
     only be read as a whole, gets the hash of its name: nothing is known to be equal to it. One that is unreachable now
     waits for a run in which its content is known.
     """
-    tags = pc.binary_join_element_wise(listing["bytes"].cast(pa.string()), listing["etag"], " ").to_pylist()
-    ids = np.array(["" if tag is None else hashlib.sha256(tag.encode()).hexdigest()[:20] for tag in tags], "S20")
-    untagged = listing.filter(pa.array(ids == b""))
+    tags = pc.binary_join_element_wise(listing["bytes"].cast(pa.string()), listing["etag"], " ")
+    # bytes, and one hexadecimal text for all: a text each would take as long as the hashes
+    digests = b"".join([hashlib.sha256(tag).digest()[:10] for tag in tags.drop_null().cast(pa.binary()).to_pylist()])
+    ids, tagged = np.zeros(len(listing), "S20"), np.asarray(tags.is_valid())
+    ids[tagged] = np.frombuffer(digests.hex().encode(), "S20")
+    untagged = listing.filter(pa.array(~tagged))
     if len(untagged):
-        ids[ids == b""] = list(threads.map(_by_samples, untagged["uri"].to_pylist(), untagged["bytes"].to_pylist()))
+        ids[~tagged] = list(threads.map(_by_samples, untagged["uri"].to_pylist(), untagged["bytes"].to_pylist()))
     return ids
+
+
+def _ids(column: pa.ChunkedArray) -> np.ndarray:
+    """A column of identities as (N,) bytes."""
+    texts = column.combine_chunks().cast(pa.binary()).cast(pa.binary(20))
+    return np.frombuffer(texts.buffers()[1], "S20", len(texts), texts.offset * 20)
 
 
 def _by_samples(uri: str, size: int | None) -> str:
@@ -95,8 +105,8 @@ def assign(
         first = np.maximum.accumulate(np.where(_changes(ids), numbers, 0))
         val = (_share(ids) < val_fraction) ^ (ids == (swapped or "").encode())
         repeats = first != numbers
-        originals = np.array(new["uri"].to_pylist(), object)[first]
-        originals[~repeats] = None
+        originals = np.full(len(ids), None, object)
+        originals[repeats] = new["uri"].take(pa.array(first[repeats])).to_pylist()
         earlier = {row["source"]: row for row in reversed(known.to_pylist())}
         for n, source in enumerate(ids.tolist() if earlier else ()):
             if row := earlier.get(source.decode()):
@@ -120,7 +130,7 @@ def _changes(ordered: np.ndarray) -> np.ndarray:
 
 def _merged_by_uri(new: pa.Table) -> tuple[pa.Table, np.ndarray]:
     """Rows and their identities in order of (identity, URI); rows of the same URI are merged, with all annotations."""
-    ids = np.array(new["source"].to_pylist(), "S20")
+    ids = _ids(new["source"])
     order = np.argsort(ids, kind="stable")
     starts = np.flatnonzero(_changes(ids[order]))
     lengths = np.diff(np.append(starts, len(ids)))
@@ -200,15 +210,20 @@ def plan(
         # numbered before reading: a plan that another driver writes meanwhile takes the number of this one
         old = [storage.join(folder, name) for name in index.table_names(folder)]
         with storage.spool_folder(dataset) as spool, storage.failing_clearly(str(spool)):
-            new, tries = _Buckets(spool / "new"), read_tries(dataset)
+            new, tries, listed = _Buckets(spool / "new"), read_tries(dataset), Listed(dataset, patterns)
+            if not tries.awaited and listed.is_planned():
+                return groups(dataset)
             seen, changes = Seen(old, tries), Changes(dataset, old, spool / "changes")
             awaited = {row["uri"]: row for row in tries.awaited if seen.times(row) == row["tries"]}
-            for uri in _identify_new(changes.watch(find(patterns, threads)), seen, new, threads, awaited):
+            for uri in _identify_new(
+                changes.watch(find(patterns, threads, listed.unsized)), seen, new, threads, awaited
+            ):
                 del awaited[uri]
             _plan_again(answering(list(awaited.values())), new)
             new.close()
             _write_changes(dataset, changes)
             if not new.count:
+                listed.remember()
                 return groups(dataset)
             known = _Buckets(spool / "known")
             for batch in chain.from_iterable(batches(url, _KNOWN_COLUMNS) for url in old):
@@ -228,6 +243,7 @@ def plan(
             target = spool / "plan.parquet"
             _write(target, tables)
             if storage.write_if_absent(storage.join(folder, f"{len(old):05d}.parquet"), target):
+                listed.remember()
                 return groups(dataset)
 
 
@@ -310,7 +326,7 @@ class _Buckets:
 
     def _spill(self) -> None:
         table = pa.concat_tables(self._tables)
-        ids = np.array(table["source"].to_pylist(), "S20")
+        ids = _ids(table["source"])
         self._tables.clear()
         order = np.argsort(ids, kind="stable")
         table, ids = table.take(pa.array(order)).combine_chunks(), ids[order]

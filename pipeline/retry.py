@@ -25,7 +25,6 @@ from longtake.pipeline.fetch import answers
 RECORD = "unreachable.json"
 _NO_TRIES: dict[str, Any] = {"awaited": [], "repeated": [], "rounds": 0}
 _FIELDS = ("source", "uri", "bytes", "split", "group", "duplicate_of", "extra", "reason")
-_EMPTY = schema.SOURCES.empty_table().select(_FIELDS)
 
 
 @dataclass(frozen=True)
@@ -86,8 +85,13 @@ def read_tries(dataset: str, threads: int = 16) -> Tries:
     return Tries(unread, lost.combine_chunks(), awaited, frozenset(repeated))
 
 
+def _empty() -> pa.Table:
+    # no constant of the module: the first table that is made imports pandas
+    return schema.SOURCES.empty_table().select(_FIELDS)
+
+
 def _concatenated(tables: Iterable[pa.Table]) -> pa.Table:
-    return pa.concat_tables([_EMPTY, *(table.replace_schema_metadata(None) for table in tables)])
+    return pa.concat_tables([_empty(), *(table.replace_schema_metadata(None) for table in tables)])
 
 
 def _is_unread(rows: pa.Table) -> pa.ChunkedArray:
@@ -104,7 +108,7 @@ def _read(url: str) -> pa.Table:
         return index.from_parquet(url, list(_FIELDS))
     except Failure:
         # the account reports it; here it must not keep its group from being made again
-        return _EMPTY
+        return _empty()
 
 
 def _places(rows: pa.Table) -> pa.ChunkedArray:

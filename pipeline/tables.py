@@ -321,12 +321,19 @@ def _values(column: Any, with_empty: bool, exact: bool) -> Any:
         text = pc.binary_join_element_wise('"', column if with_empty else texts(column), '"', "")
         special = pc.fill_null(pc.match_substring_regex(column, r'["\\\x00-\x1f]'), False)
         if pc.any(special).as_py():
-            escaped = [encode_basestring_ascii(value) for value in column.filter(special).to_pylist()]
-            text = pc.replace_with_mask(text, special, pa.array(escaped, pa.string()))
+            text = pc.replace_with_mask(text, special, _quoted(column.filter(special)))
         return text
     values = [_said(value, exact) for value in column.to_pylist()]
     text_of = partial(_text_of, errors="surrogateescape" if exact else "replace")
     return pa.array([None if v is None else json.dumps(v, default=text_of) for v in values], pa.string())
+
+
+def _quoted(texts: Any) -> Any:
+    """Texts as JSON strings, in ASCII. Where quotes and backslashes are all there is to escape, a column at a time."""
+    if pc.any(pc.match_substring_regex(texts, "[^ -~]")).as_py():
+        return pa.array([encode_basestring_ascii(text) for text in texts.to_pylist()], pa.string())
+    escaped = pc.replace_substring(pc.replace_substring(texts, "\\", "\\\\"), '"', '\\"')
+    return pc.binary_join_element_wise('"', escaped, '"', "")
 
 
 def _text_of(value: Any, errors: str) -> str:

@@ -1,7 +1,8 @@
 """The settings that every training stage has. Light to import: recipes are checked with it."""
 
 import re
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
@@ -74,6 +75,7 @@ class LaunchConfig(StageConfig):
     cpus           of a process on the Ray cluster
     gpus           of a process on the Ray cluster
     max_failures   restarts from the last checkpoint before the stage fails
+    sequence       processes that share a window, each with a part of its tokens, for windows that one has no memory for
     """
 
     by: Literal["process", "torchrun", "ray"] = "process"
@@ -81,9 +83,12 @@ class LaunchConfig(StageConfig):
     cpus: float = Field(1.0, gt=0)
     gpus: float = Field(0.0, ge=0)
     max_failures: int = Field(3, ge=0)
+    sequence: int = Field(1, ge=1)
 
     @model_validator(mode="after")
     def _consistent(self) -> "LaunchConfig":
+        if self.by != "process" and self.processes % self.sequence:
+            raise ValueError(f"sequence {self.sequence} does not divide the {self.processes} processes")
         if self.by == "process" and self.processes > 1:
             raise ValueError(f"processes {self.processes} needs by: torchrun or by: ray")
         return self
@@ -162,6 +167,8 @@ class TrainConfig(StageConfig):
     warmup_steps         of a linear warm-up; null: 1000, or a tenth of `steps` if that is less
     schedule             of the learning rate after the warm-up
     final_lr             share of `lr` that the cosine ends at
+    optimizer            adamw; or muon for the linear layers of a model's blocks, AdamW for all else, without ZeRO
+    fused_optimizer      AdamW's update in one kernel: less time, and no copies on a GPU; last bits differ
     betas                of Adam
     weight_decay         of linear and convolution weights; not of norms, biases and tokens
     gradient_clip        largest global norm of the gradient; 0 does not clip
@@ -169,6 +176,7 @@ class TrainConfig(StageConfig):
     gradient_precision   in which gradients of passes and ranks are added up; bf16 halves memory and traffic
     zero_stage           of DeepSpeed
     offload              what is kept in the host's memory; parameters: the optimizer's state too
+    offload_activations  keep what the backward pass needs in the host's memory: less memory, much traffic
     compile              torch.compile, block by block
     channels_last        memory format of 3D convolutions, for tensor cores
     cudnn_benchmark      let cuDNN try its ways for each shape and take the fastest; last bits differ from run to run
@@ -181,6 +189,13 @@ class TrainConfig(StageConfig):
     run                  how the training is run: nothing there decides what it learns
     """
 
+    LATER: ClassVar[Mapping[str, Any]] = {
+        "optimizer": "adamw",
+        "fused_optimizer": False,
+        "offload_activations": False,
+    }
+    # whether processes can share a window of what is trained (`run.launcher.sequence`)
+    SHARED: ClassVar[bool] = False
     # change neither the time of a step nor what a clip costs
     COSTLESS: ClassVar[frozenset[str]] = frozenset(
         {"steps", "lr", "warmup_steps", "schedule", "final_lr", "betas", "weight_decay", "gradient_clip", "skip_nonfinite", "seed"}
@@ -193,6 +208,8 @@ class TrainConfig(StageConfig):
     warmup_steps: int | None = Field(None, ge=0)
     schedule: Literal["constant", "cosine"] = "cosine"
     final_lr: float = Field(0.1, ge=0, le=1)
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    fused_optimizer: bool = False
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = Field(0.01, ge=0)
     gradient_clip: float = Field(1.0, ge=0)
@@ -200,6 +217,7 @@ class TrainConfig(StageConfig):
     gradient_precision: Literal["fp32", "bf16"] = "fp32"
     zero_stage: Literal[0, 1, 2, 3] = 0
     offload: Literal["none", "optimizer", "parameters"] = "none"
+    offload_activations: bool = False
     compile: bool = False
     channels_last: bool = False
     cudnn_benchmark: bool = False
@@ -235,9 +253,30 @@ class TrainConfig(StageConfig):
             raise ValueError(
                 f"offload {self.offload} needs zero_stage {'3' if self.offload == 'parameters' else '1 to 3'}"
             )
+        if self.optimizer == "muon" and self.zero_stage:
+            raise ValueError("optimizer: muon needs zero_stage: 0, since ZeRO cuts matrices into flat pieces")
+        if self.optimizer == "muon" and self.lora:
+            raise ValueError("optimizer: muon moves whole matrices, of which lora has none; use adamw")
+        if self.offload_activations and self.zero_stage == 3:
+            raise ValueError(
+                "offload_activations needs zero_stage 0 to 2: at 3 weights would be copied to the host too"
+            )
+        if (shared := self.run.launcher.sequence) > 1:
+            self._check_shared(shared)
         if any(life <= 0 for life in self.ema_half_lives):
             raise ValueError("ema_half_lives must be positive; an empty list keeps no average")
         return self
+
+    def _check_shared(self, size: int) -> None:
+        """ValueError where processes cannot share a window."""
+        # what a script of its own trains is asked when it starts
+        if (kind := getattr(self, "kind", None)) and not self.SHARED:
+            raise ValueError(
+                f"run.launcher.sequence {size}: {kind} has no window that processes can share; finetune_latte,"
+                " pretrain_memory, finetune_memory_prior and pretrain_tats have: leave it out"
+            )
+        if self.zero_stage == 3:
+            raise ValueError(f"run.launcher.sequence {size} needs zero_stage 0 to 2, not 3")
 
 
 class EvaluatedConfig(TrainConfig):

@@ -21,6 +21,8 @@ from longtake.datasets.tokens import Tokens, model_digest, read_tokens
 from longtake.training import registry
 from longtake.training.config import TrainConfig
 from longtake.training.engines import device
+from longtake.training.live import record as records
+from longtake.training.live.encoder import LiveLoader
 from longtake.training.models.common.codec import load_codec, nearest_lengths
 from longtake.training.objective import Batch
 
@@ -31,7 +33,14 @@ HELDOUT: dict[str, Any] = {"batch": 1, "last": "pad", "shuffle": False, "epochs"
 def loader(config: Any, inputs: Mapping[str, str], split: str, **options: Any) -> Loader:
     """A loader of the dataset that a stage names, with its view, its cache and its window."""
     window = {name: getattr(config, name) for name in ("frames", "stride") if hasattr(config, name)}
-    return Loader(inputs["dataset"], split, view=inputs.get("view"), cache=cache_of(config), **window | options)
+    settings = {"view": inputs.get("view"), "cache": cache_of(config), **window, **options}
+    columns = options.get("columns", ())
+    named = columns.values() if isinstance(columns, Mapping) else columns
+    if live := {column: each for column, each in records.live_columns(inputs).items() if column in named}:
+        batch_of = next(iter(live.values())).live["batch"]  # type: ignore[index]
+        made = {column: records.column_of(each) for column, each in live.items()}
+        return LiveLoader(inputs["encoder"], batch_of, inputs["dataset"], split, live=made, **settings)
+    return Loader(inputs["dataset"], split, **settings)
 
 
 def cache_of(config: TrainConfig) -> Cache | None:
@@ -89,7 +98,10 @@ def column_of(dataset: str, uri: str, frames: int, field: str = "latents") -> La
         raise UserError(
             f"frames: {frames}: latents have windows of 1 + {record.factor}n frames, such as {low} or {high}"
         )
-    _check_state(record, dataset, uri, field, "cache_latents")
+    if record.live is None:
+        _check_state(record, dataset, uri, field, "cache_latents")
+    elif any(compact.open_split(dataset, split)[0].digest != digest for split, digest in record.digests.items()):
+        raise UserError(f"dataset: {dataset} has changed since this training began; use --force to start anew")
     return record
 
 
@@ -277,11 +289,22 @@ def columns_of(
 
 def commonest_size(dataset: str, record: Latents) -> tuple[int, int]:
     """Height and width that the latents of most clips have, in positions."""
-    sizes = compact.open_split(dataset, "train", record.column)[1]
-    sides = np.stack([sizes[name].to_numpy() for name in ("height", "width")])
+    sides = records.sides_of(record).T
     kinds, counts = np.unique(sides[:, sides[0] > 0], axis=1, return_counts=True)
     height, width = kinds[:, counts.argmax()].tolist()
     return height, width
+
+
+def latents_facts(record: Latents, origins: Mapping[str, Any], field: str = "latents") -> dict[str, Any]:
+    """What config.json says of the latents that a model has learned: their `uri` and `digest`, or how they were made live.
+
+    Of live ones `live` has the settings, and the `mean`, `std` and `posterior_std` of the windows that were measured.
+    """
+    if record.live is None:
+        return dict(origins[field])
+    names = ("size", "shrink", "join_seconds", "precision", "dtype", "count", "mean", "std", "posterior_std")
+    measured = {name: getattr(record, name) for name in names}
+    return {"column": record.column, "encoder": dict(origins["encoder"]), "live": dict(record.live) | measured}
 
 
 def statistics(record: Latents, posterior: Literal["sample", "mean"]) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ It may also have `resolved(config, inputs)`, which gives settings that are left 
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -21,13 +22,15 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from longtake.datasets.errors import UserError
 from longtake.training import engines
-from longtake.training.engines import lora
+from longtake.training.engines import lora, muon
+from longtake.training.engines.activations import on_host
 from longtake.training.objective import Batch, Objective, Turn
 from longtake.training.trace import Trace, to_fake, to_meta
 
 USABLE = 0.9  # of a GPU's memory [assumption]: the rest is CUDA's own, the kernels', or lost between blocks
 _FP32 = 4  # bytes
 _ADAM = 2 * _FP32  # bytes of AdamW's states of a weight
+_MUON = _FP32  # of which it needs none for a matrix
 _BUCKET = 500_000_000  # elements of gradients that ranks exchange at once [DeepSpeed's default]
 _LIVE = 1_000_000_000  # elements of weights that ZeRO-3 gathers at most [DeepSpeed's default]
 
@@ -63,6 +66,7 @@ class Traced(NamedTuple):
     weights   of all engines, in the precision of passes
     beside    of other models
     learning  elements of each engine's weights that learn
+    matrices  of them, those that Muon would move
     lead      the engine that is averaged
     """
 
@@ -71,6 +75,7 @@ class Traced(NamedTuple):
     weights: int
     beside: int
     learning: dict[str, int]
+    matrices: int
     lead: str
 
 
@@ -183,10 +188,12 @@ def trace_of(stage: Any, config: Any, inputs: Mapping[str, Source], world: int) 
         UserError: the batch does not divide; `lora` or `freeze` finds nothing; a stage must run first.
     """
     engines.deepspeed_config(config, world)  # refuses a batch that does not divide
-    count = config.batch // (config.accumulate * world)
+    count = config.batch // (config.accumulate * engines.groups_of(config, world))
     trace = Trace()
     with _alone(), trace:
         objective, batch, beside = stage.largest(config, inputs, count)
+        if config.offload_activations:
+            objective = replace(objective, loss=on_host(objective.loss, objective.modules, host="meta"))
         modules = objective.modules
         with untraced():
             for module in (*modules.values(), *beside):
@@ -194,18 +201,21 @@ def trace_of(stage: Any, config: Any, inputs: Mapping[str, Source], world: int) 
             engines.freeze(modules[objective.lead], config.freeze)
             if config.lora:
                 lora.attach(modules[objective.lead], config.lora)
+            engines.pretend_to_share(modules.values(), config)
             for module in modules.values() if config.precision == "bf16" else ():
                 module.bfloat16()
         for module in (*modules.values(), *beside):
             to_fake(module, engines.device())
-        batch = {k: v.to(engines.device()) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        moves = {k for k, v in batch.items() if isinstance(v, torch.Tensor)} - set(objective.on_host)
+        batch = {k: v.to(engines.device()) if k in moves else v for k, v in batch.items()}
         beside_bytes = sum(t.nbytes for module in beside for t in (*module.parameters(), *module.buffers()))
         weights = trace.watch(*modules.values(), *beside) - beside_bytes
         # gradients of the passes before are there in all but the first
         for _ in range(min(2, config.accumulate)):
             _pass(objective, batch, config)
     learning = {name: sum(p.numel() for p in m.parameters() if p.requires_grad) for name, m in modules.items()}
-    return Traced(trace.points, trace.others, weights, beside_bytes, learning, objective.lead)
+    matrices = sum(weight.numel() for module in modules.values() for weight in muon.matrices_of(module))
+    return Traced(trace.points, trace.others, weights, beside_bytes, learning, matrices, objective.lead)
 
 
 def _pass(objective: Objective, batch: Batch, config: Any) -> None:
@@ -257,6 +267,8 @@ def memory_of(traced: Traced, config: Any, world: int, fused: bool = True) -> Fi
     # what is always there
     master = _FP32 if zero or low < _FP32 else 0
     optimizer = 0 if on_host else (_ADAM + master) * learning // share
+    if config.optimizer == "muon":
+        optimizer -= _MUON * traced.matrices
     averages = 0 if on_host else len(config.ema_half_lives) * _FP32 * traced.learning[traced.lead] // world
     weights = traced.weights // (world if zero == 3 else 1)
     largest = max(traced.learning.values())
@@ -273,7 +285,7 @@ def memory_of(traced: Traced, config: Any, world: int, fused: bool = True) -> Fi
     # an update in fp32 of one engine, or of as much of it as ZeRO takes at once: gradients, and what AdamW computes
     at_once = min(largest // share, _LIVE)
     copy = 0 if on_host else _FP32 * at_once
-    computed = 0 if on_host or not (fused or zero) else copy if fused else 2 * copy
+    computed = 0 if on_host or config.fused_optimizer or not (fused or zero) else copy if fused else 2 * copy
 
     # the moments: each of forward and backward; the first update, of zeros; the exchange of gradients; an update
     made = (learning if config.accumulate > 1 else largest) * low

@@ -139,12 +139,23 @@ class Spikes:
         return True
 
 
-def on_any_rank(*flags: Any) -> list[bool]:
-    """For each flag whether it is set on any rank. Every rank must call it."""
-    values = torch.stack([torch.as_tensor(flag, dtype=torch.float32, device=engines.device()) for flag in flags])
+def ask_ranks(flags: Sequence[Any], numbers: Sequence[Any] = ()) -> tuple[list[bool], list[float]]:
+    """For each flag whether it is set on any rank; and this rank's `numbers`. Every rank must call it.
+
+    Both may be tensors of one element on the device. The host waits for the device once, however many there are.
+    """
+    device = engines.device()
+
+    def stacked(values: Sequence[Any]) -> Tensor:
+        # a number of the host is written by a kernel: a copy of it would wait for all before it
+        tensors = [v if isinstance(v, Tensor) else torch.full((), float(v), device=device) for v in values]
+        return torch.stack([t.double() for t in tensors]) if tensors else torch.zeros(0, device=device)
+
+    asked = stacked(flags)
     if torch.distributed.get_world_size() > 1:
-        torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
-    return values.bool().tolist()
+        torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
+    told = torch.cat([asked, stacked(numbers)]).tolist()
+    return [bool(value) for value in told[: len(flags)]], told[len(flags) :]
 
 
 @contextmanager

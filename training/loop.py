@@ -1,32 +1,32 @@
 """The training loop: read it from top to bottom. It knows engines, an objective, a loader, a tracker and checkpoints.
 
 Nothing random outlives a step: generators are seeded from (seed, step, pass, rank), so a resumed run needs no saved
-random state.
+random state. Ranks that share windows (`engines.share_windows`) count as one.
 """
 
 import importlib
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain, count, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from longtake.datasets.errors import Interrupted, UserError
-from longtake.datasets.loader import Loader, Stream
+from longtake.datasets.loader import Stream
 from longtake.datasets.stage import content
 from longtake.training import checkpoint, engines, guards
+from longtake.training.asides import heldout, on_device, pass_seed, sample
 from longtake.training.checkpoint import upload
 from longtake.training.config import TrainConfig
-from longtake.training.engines import ema
+from longtake.training.engines import activations, ema
 from longtake.training.objective import Batch, Engines, Objective, Turn
-from longtake.training.progress import Progress, means, peak
+from longtake.training.progress import Progress, peak
 from longtake.training.tracker import Tracker
 
 _ALL_RANKS = 1 << 31  # in place of a rank, in the seed that all share
@@ -40,6 +40,7 @@ def train(
     folder: Path,
     tracker: Tracker | None = None,
     stop: Callable[[], bool] = lambda: False,
+    foreseen: float | None = None,
 ) -> None:
     """Train to `config.steps` from the latest checkpoint in `folder`, if there is one, and leave the last one there.
 
@@ -48,18 +49,19 @@ def train(
     Args:
         tracker: on the first rank only.
         stop: whether this process is to save and end; SIGINT and SIGTERM ask for the same.
+        foreseen: bytes that the largest batch is to take (see `forecast`), said beside what it has taken.
 
     Raises:
         UserError: the checkpoints in `folder` belong to other settings, or to another dataset.
         Failure: out of memory; a loss or gradient is not finite; a checkpoint cannot be read or written.
         Interrupted: asked to stop; the state is saved.
     """
+    objective = activations.offloaded(objective, config)
     run = _resume(objective, loader, config, folder)
-    if objective.largest and run.step < config.steps:
-        _rehearse(objective, run, config, objective.largest())
-    step, lead = run.step, run.engines[objective.lead]
+    _rehearse(objective, run, config, foreseen)
+    step, weights = run.step, ema.weights_of(run.engines[objective.lead])
     nonfinite = guards.Nonfinite(folder, config.skip_nonfinite, run.left_out)
-    spikes, spike_count = guards.Spikes(folder, config.run.spike), 0
+    spikes, spike_count, leaps = guards.Spikes(folder, config.run.spike), 0, False
     checkpoints = checkpoint.Checkpoints(
         folder, config.run.keep_checkpoints, config.run.keep_every, config.run.upload, config.run.stall_seconds
     )
@@ -79,8 +81,8 @@ def train(
             # Forward and backward of every engine, in as many passes as accumulate; the last one updates the weights.
             for number in range(config.accumulate):
                 with progress.part(step, "data"):
-                    batch = _on_device(next(batches))
-                rng, seed = _seeded(config.seed, step, number)
+                    batch = on_device(next(batches), objective)
+                rng, seed = _seeded(config, step, number)
                 update.begin_pass(batch)
                 for name, rate in rates.items():
                     turn = Turn(name, run.engines, batch, step, rng, seed, update.carry)
@@ -89,26 +91,31 @@ def train(
                 update.tokens += objective.tokens(batch) if objective.tokens else 0
             step += 1
 
-            # Ask all ranks: whether to stop, whether a loss spikes, which losses are not finite.
-            spiking = [
-                spikes.begins(step, float(terms.get("loss", math.nan)), keys)
-                for terms, keys in zip(update.terms, update.keys, strict=True)
-            ]
-            stopping, spiked, *bad = guards.on_any_rank(stop_requested(), any(spiking), *update.nonfinite.values())
+            # Ask all ranks at once: whether to stop, whether a loss has leapt in the step before, which losses are not
+            # finite, which updates were left out. Here the host waits for the device.
+            skipped = [engines.left_out(run.engines[name]) for name in update.nonfinite]
+            flags = (stop_requested(), leaps, *update.nonfinite.values(), *skipped)
+            with progress.part(step, "exchange"):
+                (stopping, leapt, *bad), losses = guards.ask_ranks(
+                    flags, [t.get("loss", math.nan) for t in update.terms]
+                )
+            leaps = True in [spikes.begins(step, *each) for each in zip(losses, update.keys, strict=True)]
 
             # Count the updates that the engines have left out; too many end the training.
-            for (name, here), anywhere in zip(update.nonfinite.items(), bad, strict=True):
+            found = zip(update.nonfinite.items(), bad[: len(skipped)], bad[len(skipped) :], strict=True)
+            for (name, here), anywhere, left in found:
                 update.norms[f"gradient_norm_{name}"] = engines.gradient_norm(run.engines[name])
-                if anywhere or engines.left_out(run.engines[name]):
+                if anywhere or left:
                     nonfinite.record(step, name, bool(here), anywhere, list(chain.from_iterable(update.keys)))
 
-            # Report a spike of the loss.
-            if spiked:
+            # Report a spike of the loss: with the next step's question, unless figures are due.
+            leaps_now, leaps = log_due and guards.ask_ranks([leaps])[0][0], leaps and not log_due
+            for number in [step - 1] * leapt + [step] * leaps_now:
                 spike_count += 1
-                progress.warn(f"the loss leaps at step {step}; {folder}/spikes.jsonl names the rank and the batch")
+                progress.warn(f"the loss leaps at step {number}; {folder}/spikes.jsonl names the rank and the batch")
 
             # Move the averages.
-            ema.move(run.averages, lead, step)
+            ema.move(run.averages, weights, step)
 
             # Log.
             profile = progress.end(step, [update.norms, *update.terms], sum(map(len, update.keys)), update.tokens)
@@ -123,7 +130,7 @@ def train(
             # Sample videos to look at.
             if objective.sample and config.run.sample_every and step % config.run.sample_every == 0:
                 with progress.aside(step, "sample"):
-                    for name, video in _sample(objective, run.engines, config.seed).items():
+                    for name, video in sample(objective, run.engines, config.seed).items():
                         if tracker:
                             tracker.video(step, name, video, objective.fps)
                     if tracker and objective.prompts:
@@ -132,15 +139,15 @@ def train(
             # Measure held-out clips.
             if config.run.heldout_every and (step % config.run.heldout_every == 0 or step == config.steps):
                 with progress.aside(step, "heldout"):
-                    figures = _heldout(objective, run, config, step)
+                    figures = heldout(objective, run.engines, run.averages, config, step)
                 if tracker and figures:
                     tracker.log(step, figures)
 
             # Checkpoint, and end if asked to.
             if step % config.run.checkpoint_every == 0 or step == config.steps or stopping:
-                watchdog.beat(step, "checkpoint")
                 meta = _meta(objective, loader, config, step, nonfinite.count)
-                checkpoints.save(run.engines, objective.lead, run.averages, meta)
+                with progress.part(step, "checkpoint"):
+                    checkpoints.save(run.engines, objective.lead, run.averages, meta)
             if stopping:
                 checkpoints.wait()
                 raise Interrupted(f"train: stopped at step {step}, state saved")
@@ -167,6 +174,7 @@ def _resume(objective: Objective, loader: Stream, config: TrainConfig, folder: P
         upload.fetch(folder, config.run.upload)
 
     # engines, compiled blocks, averages
+    engines.share_windows(objective.modules.values(), config)
     universal = checkpoint.for_world(folder, list(objective.modules), config.zero_stage)
     trained = engines.engines_of(objective.modules, objective.lead, config, world, universal, objective.settings)
     _speed_up(objective, config)
@@ -187,15 +195,17 @@ def _resume(objective: Objective, loader: Stream, config: TrainConfig, folder: P
     return _Run(trained, averages, meta["step"], meta["left_out"])
 
 
-def _rehearse(objective: Objective, run: _Run, config: TrainConfig, largest: Batch) -> None:
+def _rehearse(objective: Objective, run: _Run, config: TrainConfig, foreseen: float | None) -> None:
     """An update of the largest batch that is left out, as one with a loss that is not finite is: no weight changes.
 
     Raises:
         Failure: out of memory.
     """
-    batch = _on_device(largest)
+    if not objective.largest or run.step >= config.steps:
+        return
+    batch = on_device(objective.largest(), objective)
     for number in range(config.accumulate):
-        rng, seed = _seeded(config.seed, run.step, number)
+        rng, seed = _seeded(config, run.step, number)
         carry: dict[str, Any] = {}
         for name in learning_rates(objective, config, run.step):
             engine, turn = run.engines[name], Turn(name, run.engines, batch, run.step, rng, seed, carry)
@@ -205,7 +215,7 @@ def _rehearse(objective: Objective, run: _Run, config: TrainConfig, largest: Bat
                 engine.step()
     tokens = f", {objective.tokens(batch):,} tokens" if objective.tokens else ""
     if torch.distributed.get_rank() == 0:
-        print(f"the largest batch, {len(batch['key'])} windows{tokens}: {peak()}", flush=True)
+        print(f"the largest batch, {len(batch['key'])} windows{tokens}: {peak(foreseen)}", flush=True)
 
 
 def _prepare_folder(config: TrainConfig, folder: Path) -> None:
@@ -299,19 +309,15 @@ def learning_rates(objective: Objective, config: TrainConfig, step: int) -> dict
     return rates
 
 
-def pass_seed(*numbers: int) -> int:
-    """A seed from the training's seed, step, pass and rank, or from whatever else tells a draw from the others."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-
-
-def _seeded(seed: int, step: int, number: int) -> tuple[torch.Generator, int]:
+def _seeded(config: TrainConfig, step: int, number: int) -> tuple[torch.Generator, int]:
     """Seed torch for a pass; returns this rank's random state, seeded alike, and a seed that all ranks share.
 
     Call it after the data have come: a loader that starts draws from torch's own random state.
     """
-    rank_seed = pass_seed(seed, step, number, torch.distributed.get_rank())
-    torch.manual_seed(rank_seed)
-    return torch.Generator(engines.device()).manual_seed(rank_seed), pass_seed(seed, step, number, _ALL_RANKS)
+    rank_seed = pass_seed(config.seed, step, number, engines.place(config)[0])
+    # `torch.manual_seed` would note a whole stack for each device that is not there
+    (torch.default_generator if engines.device().type == "cpu" else torch).manual_seed(rank_seed)
+    return torch.Generator(engines.device()).manual_seed(rank_seed), pass_seed(config.seed, step, number, _ALL_RANKS)
 
 
 def _speed_up(objective: Objective, config: TrainConfig) -> None:
@@ -328,11 +334,6 @@ def _speed_up(objective: Objective, config: TrainConfig) -> None:
             block.compile()
 
 
-def _on_device(batch: Batch) -> Batch:
-    device = engines.device()
-    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
-
-
 @contextmanager
 def _only_learning(all_engines: Engines, name: str) -> Iterator[None]:
     """Freeze every engine but one: gradients flow through the frozen ones without reaching their weights."""
@@ -345,69 +346,6 @@ def _only_learning(all_engines: Engines, name: str) -> Iterator[None]:
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)
-
-
-@contextmanager
-def _evaluating(all_engines: Engines) -> Iterator[None]:
-    """Put all modules into evaluation mode for the block."""
-    learning = [m for engine in all_engines.values() for m in engine.module.modules() if m.training]
-    for module in learning:
-        module.training = False
-    yield
-    for module in learning:
-        module.training = True
-
-
-@torch.no_grad()
-def _sample(objective: Objective, all_engines: Engines, seed: int) -> Mapping[str, np.ndarray]:
-    """Sample videos for people to look at, always from the same noise. Under ZeRO-3 every rank must take part."""
-    assert objective.sample is not None
-    with _evaluating(all_engines):
-        return objective.sample(all_engines, torch.Generator(engines.device()).manual_seed(seed))
-
-
-@torch.no_grad()
-def _heldout(objective: Objective, run: _Run, config: TrainConfig, step: int) -> dict[str, float]:
-    """The lead's mean loss on held-out clips, with its first average.
-
-    Each clip has its own noise and times, always the same. The training's random state stays as it is.
-    """
-    lead, name, device = run.engines[objective.lead], objective.lead, engines.device()
-    average = ema.swapped(next(iter(run.averages.values())), lead) if run.averages else nullcontext()
-    # compiled blocks would be compiled again, for a module that does not learn
-    uncompiled = torch.compiler.set_stance("force_eager")
-    random_state = torch.random.fork_rng([device] if device.type == "cuda" else [])
-    rows = []
-    with random_state, average, _evaluating(run.engines), uncompiled:
-        for number, clip, counts in _heldout_share(objective.heldout, config.run.heldout_clips):
-            seed = pass_seed(config.seed, number)
-            torch.manual_seed(seed)
-            rng = torch.Generator(device).manual_seed(seed)
-            # without the other engines: the loss that needs no opponent
-            _, terms = objective.loss(Turn(name, {name: lead}, _on_device(clip), step, rng, seed, {}))
-            rows.append({f"heldout/{term}": value if counts else math.nan for term, value in terms.items()})
-    return means(rows)
-
-
-def _heldout_share(clips: Iterable[Batch], most: int) -> Iterator[tuple[int, Batch, bool]]:
-    """This rank's share of the first `most` clips: number, clip, and whether it counts.
-
-    Ranks take turns. ZeRO-3 needs equally many clips on all: a rank that has none left takes another's, which does not
-    count.
-    """
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    if isinstance(clips, Loader):
-        # a loader continues after its last clip: begin with its first again
-        clips.load_state_dict(clips.state_dict() | {"taken": 0})
-    remaining = islice(clips, most)
-    for first in count(0, world):
-        share: tuple[int, Batch] | None = None
-        for number, clip in enumerate(islice(remaining, world), first):
-            if share is None or number == first + rank:
-                share = number, clip
-        if share is None:
-            return
-        yield *share, share[0] == first + rank
 
 
 def _check_settings(config: TrainConfig, saved: Mapping[str, Any], path: Path) -> None:

@@ -20,7 +20,7 @@ class Turn(NamedTuple):
 
     name     of the engine that learns; the weights of all others are frozen meanwhile
     engines  all engines by name: `engines[name](...)` for the one that learns, `engines[other].module(...)` for others
-    batch    of the loader, on this rank's device
+    batch    of the loader, on this rank's device but for the objective's `on_host`
     step     optimizer steps before this one
     rng      this rank's random state of the pass, on its device
     seed     a number of the pass that all ranks share
@@ -55,6 +55,7 @@ class Objective:
             what does not fit in memory ends at once.
         starts: step at which an engine begins to learn, 0 for engines that are not named.
         settings: of engines with a learning rate, betas or schedule of their own, counted from their start.
+        on_host: tensors of a batch that stay on the host, because they decide what is computed.
         state: small vectors that outlive a step and go through a checkpoint, changed in place, on all ranks alike.
     """
 
@@ -70,6 +71,7 @@ class Objective:
     largest: Callable[[], Batch] | None = None
     starts: Mapping[str, int] = field(default_factory=dict)
     settings: Mapping[str, TrainConfig] = field(default_factory=dict)
+    on_host: Sequence[str] = ()
     state: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -17,8 +17,10 @@ from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
 from longtake.training.config import TrainConfig
+from longtake.training.shares import shares
 
-PARTS = ("data", "forward", "backward", "update")
+PARTS = ("data", "forward", "backward", "update", "exchange", "checkpoint")
+_BY_HOST = ("data", "checkpoint")  # it waits for them
 # dense bf16 TFLOP/s that makers state, by a part of the device's name; the longest match counts
 PEAKS = {
     "A100": 312,
@@ -39,25 +41,28 @@ class Clock:
     def __init__(self) -> None:
         self._gpu = torch.cuda.is_available()
         self._marks: list[tuple[str, Any, Any]] = []
+        self._asides: dict[str, float] = {}
         self.steps, self.samples, self.tokens, self.flops = 0, 0, 0, 0.0
         self._began = time.perf_counter()
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """The time of the block counts as `name`, one of PARTS. Data is timed by the host, which waits for it."""
-        event = self._gpu and name != "data"
+        """The time of the block counts as `name`, one of PARTS."""
+        event = self._gpu and name not in _BY_HOST
         start = self._now(event)
         yield
         self._marks.append((name, start, self._now(event)))
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
-        """The time of the block counts as nothing."""
+    def aside(self, name: str) -> Iterator[None]:
+        """The time of the block counts as `name`, and as no part of a step."""
         if self._gpu:
             torch.cuda.synchronize()
         began = time.perf_counter()
         yield
-        self._began += time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        self._began += seconds
+        self._asides[name] = self._asides.get(name, 0.0) + seconds
 
     def _now(self, event: bool) -> Any:
         if not event:
@@ -83,7 +88,7 @@ class Clock:
         values["tflops"] = self.flops / seconds / 1e12
         if peak_flops:
             values["mfu"] = self.flops / seconds / peak_flops
-        return values
+        return values | shares(spent, self._asides, seconds + sum(self._asides.values()))
 
 
 class _Counter(TorchDispatchMode):
@@ -150,12 +155,15 @@ def memory() -> dict[str, float]:
     return figures
 
 
-def peak() -> str:
-    """The most memory that this process has had, of its device where it has one, as words."""
+def peak(foreseen: float | None = None) -> str:
+    """The most memory that this process has had, of its device where it has one, as words, and the bytes foreseen."""
+    beside = f", {foreseen / 1e9:.1f} GB foreseen" if foreseen else ""
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-        return f"{torch.cuda.max_memory_allocated() / 1e9:.1f} of {total / 1e9:.1f} GB of the device at its peak"
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.1f} GB of the host at its peak"
+        return (
+            f"{torch.cuda.max_memory_allocated() / 1e9:.1f} of {total / 1e9:.1f} GB of the device at its peak{beside}"
+        )
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.1f} GB of the host at its peak{beside}"
 
 
 def means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -180,13 +188,22 @@ def means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def _totals(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, int]]:
     """The sum and the number of the finite values of each metric."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    values = {name: [row[name] for row in rows if name in row] for name in names}
+    # one copy of all that is on the device, since each number by itself would make the host wait
+    tensors = [v.detach().float() for column in values.values() for v in column if _on_device(v)]
+    found = iter(torch.stack(tensors).cpu() if tensors else ())
     totals = {}
-    for name in dict.fromkeys(name for row in rows for name in row):
-        # brought together on the device, since each number by itself would make it wait
-        values = torch.stack([torch.as_tensor(row[name]).float() for row in rows if name in row]).cpu().double()
-        finite = values[values.isfinite()]
+    for name, column in values.items():
+        numbers = [next(found) if _on_device(v) else torch.as_tensor(v).float() for v in column]
+        on_host = torch.stack(numbers).double()
+        finite = on_host[on_host.isfinite()]
         totals[name] = (float(finite.sum()), finite.numel())
     return totals
+
+
+def _on_device(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.device.type != "cpu"
 
 
 class Profile:
@@ -237,6 +254,7 @@ class Progress:
     def __init__(self, config: TrainConfig, folder: Path, step: int, beat: Callable[[int, str], None]) -> None:
         self._config, self._first_step, self._beat = config, step, beat
         self._rank, self._world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self._readers = self._world // config.run.launcher.sequence  # groups of ranks that share their windows
         self._clock, self._flops, self._rows = Clock(), Flops(), list[Mapping[str, Any]]()
         self._peak = peak_flops(config.run.peak_tflops)
         self._profile = Profile(config.run.profile, folder / "profile", config.steps)
@@ -273,7 +291,7 @@ class Progress:
     def aside(self, step: int, what: str) -> Iterator[None]:
         """Count the time of the block as no part of a step."""
         self._beat(step, what)
-        with self._clock.aside():
+        with self._clock.aside(what):
             yield
 
     def end(self, step: int, rows: Sequence[Mapping[str, Any]], samples: int, tokens: int) -> Path | None:
@@ -284,15 +302,17 @@ class Progress:
         """
         self._rows += rows
         self._clock.steps += 1
-        self._clock.samples += self._world * samples
-        self._clock.tokens += self._world * tokens
+        self._clock.samples += self._readers * samples
+        self._clock.tokens += self._readers * tokens
         self._bar.update()
         return self._profile.after(step)
 
     def take(self, step: int) -> dict[str, float]:
         """The means since the last call. Every rank must call it."""
         self._beat(step, "log")
-        figures = means(self._rows) | self._clock.take(self._peak and self._peak * self._world) | memory()
+        with self._clock.aside("log"):
+            figures = means(self._rows)
+        figures |= self._clock.take(self._peak and self._peak * self._world) | memory()
         self._rows, self._clock = [], Clock()
         wait = figures["data_wait_share"]
         self._bar.set_postfix(loss=f"{figures.get('loss', math.nan):.4f}", data_wait=f"{wait:.0%}", refresh=False)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from longtake.datasets.errors import UserError
+from longtake.training import engines
 from longtake.training.fit import Fit, Source, Traced, memory_of, trace_of
 
 
@@ -20,18 +21,25 @@ class Remedy(NamedTuple):
 
 Change = Mapping[str, Any]  # fields of a stage's config, and their values
 _AGAIN = "activation_checkpointing"
+_SHARES = (0.25, 0.5, 0.75, True)  # of the blocks
 
 
 def _checkpointing(config: Any) -> Iterator[Change]:
-    """Activations are computed again: a third more time."""
+    """Activations of a share of the blocks are computed again: with all of them a third more time."""
     fields = type(config).model_fields
-    for name in (_AGAIN, "recompute"):
-        if name in fields and not getattr(config, name):
-            yield {name: True}
-            return
-    if "model" in fields and not (config.model or {}).get(_AGAIN) and not getattr(config, "parent", None):
+    parent = getattr(config, "parent", None)
+    if name := _AGAIN if _AGAIN in fields else "recompute" if parent and "recompute" in fields else "":
+        yield from ({name: share} for share in _SHARES if share > (getattr(config, name) or 0))
+    elif "model" in fields and not parent:
         # a parent's model is as it is
-        yield {"model": (config.model or {}) | {_AGAIN: True}}
+        model = config.model or {}
+        yield from ({"model": model | {_AGAIN: share}} for share in _SHARES if share > (model.get(_AGAIN) or 0))
+
+
+def _chunking(config: Any) -> Iterator[Change]:
+    """Logits of a part of the tokens at once: the head is computed again."""
+    if "loss_chunk" in type(config).model_fields and config.loss_chunk is None:
+        yield {"loss_chunk": 2048}
 
 
 def _sharding(config: Any) -> Iterator[Change]:
@@ -47,10 +55,16 @@ def _offloading(config: Any) -> Iterator[Change]:
             yield {"zero_stage": max(least, config.zero_stage), "offload": offload}
 
 
+def _keeping_on_host(config: Any) -> Iterator[Change]:
+    """What the backward pass needs goes to the host's memory and back."""
+    if not config.offload_activations and config.zero_stage < 3:
+        yield {"offload_activations": True}
+
+
 def _accumulating(config: Any) -> Iterator[Change]:
     """Smaller batches in more passes: the same result, in more time."""
     passes = config.accumulate
-    while config.batch % (2 * passes * _world(config)) == 0:
+    while config.batch % (2 * passes * engines.groups_of(config, _world(config))) == 0:
         passes *= 2
         yield {"accumulate": passes}
 
@@ -70,20 +84,32 @@ def _adapting(config: Any) -> Iterator[Change]:
 
 
 # from cheap to dear
-_KINDS_OF_CHANGE = (_checkpointing, _sharding, _offloading, _accumulating, _bounding, _adapting)
+_KINDS_OF_CHANGE = (
+    _chunking,
+    _checkpointing,
+    _sharding,
+    _offloading,
+    _accumulating,
+    _bounding,
+    _keeping_on_host,
+    _adapting,
+)
 
 
 def _written(changes: Change) -> tuple[str, ...]:
     """Changes as lines of a recipe."""
-    texts = {"model": f"model.{_AGAIN}: true", "lora": "lora: {rank: 16}"}
+    texts = {"lora": "lora: {rank: 16}"}
+    if "model" in changes:
+        texts["model"] = f"model.{_AGAIN}: {str(changes['model'][_AGAIN]).lower()}"
     return tuple(texts.get(name, f"{name}: {str(value).lower()}") for name, value in changes.items())
 
 
 class Planned:
     """What a stage takes as it is, and by how little it would fit; a trace is made once for all that it decides."""
 
-    def __init__(self, stage: Any, config: Any, inputs: Mapping[str, Source]) -> None:
-        self._stage, self._config, self._inputs = stage, config, inputs
+    def __init__(self, stage: Any, config: Any, inputs: Mapping[str, Source], fused: bool = True) -> None:
+        """`fused` as in `memory_of`."""
+        self._stage, self._config, self._inputs, self._fused = stage, config, inputs, fused
         self._traced = functools.cache(self._trace)
 
     def fit(self, config: Any = None) -> Fit:
@@ -91,7 +117,9 @@ class Planned:
         config = config or self._config
         # ZeRO is no part of a trace
         free = {"zero_stage": 0, "offload": "none"}
-        return memory_of(self._traced(config.model_copy(update=free).model_dump_json()), config, _world(config))
+        return memory_of(
+            self._traced(config.model_copy(update=free).model_dump_json()), config, _world(config), self._fused
+        )
 
     def remedy(self, limit: float) -> Remedy | None:
         """The smallest change by which it takes `limit` bytes at most; None where nothing does.
@@ -138,4 +166,5 @@ class Planned:
 
 
 def _world(config: Any) -> int:
-    return int(config.run.launcher.processes)
+    # who starts the processes may be another launcher, and starts as many at least as share a window
+    return int(max(config.run.launcher.processes, config.run.launcher.sequence))

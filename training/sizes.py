@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
 from longtake.datasets import compact, storage
 from longtake.datasets.errors import UserError
@@ -16,7 +17,9 @@ from longtake.datasets.loader.window import CHANCES
 from longtake.datasets.text import Text, read_text
 from longtake.datasets.tokens import read_tokens
 from longtake.training import data
-from longtake.training.fit import Source, made_by
+from longtake.training.fit import Source, made_by, module_of
+from longtake.training.live.config import LiveConfig, live_of
+from longtake.training.live.record import sides_of
 from longtake.training.objective import Batch
 
 
@@ -36,7 +39,12 @@ class Window(NamedTuple):
 
 
 def window_of(config: Any, inputs: Mapping[str, Source], field: str = "latents") -> Window:
-    """The window of a prior with `frames`: of the latents that it names, or of pixels of its `size`."""
+    """The window of a prior with `frames`: of the latents that it names or makes live, or of pixels of its `size`."""
+    if live := live_of(config):
+        codec = made_by(inputs["encoder"])
+        height, width = _live_positions(live, inputs["dataset"], codec.spatial_stride)
+        frames = 1 + (config.frames - codec.first_frames) // codec.temporal_stride
+        return Window(codec.latent_channels, (frames, height, width), inputs["encoder"], codec)
     if field not in inputs:
         return Window(3, (config.frames, *config.size))
     latents = inputs[field]
@@ -59,14 +67,30 @@ def _positions_of(latents: Source, stride: int) -> tuple[int, int]:
     """Height and width of the largest latents, in positions."""
     if storage.exists(storage.join(latents.uri, "latents.json")):
         record = read_latents(latents.uri)
-        clips = compact.open_split(record.dataset, "train", record.column)[1]
-        sides = np.stack([clips[name].to_numpy() for name in ("height", "width")], 1)
+        sides = sides_of(record)
         height, width = sides[sides.prod(1).argmax()].tolist()
         return height, width
     if latents.config.size is None:
         raise UserError("latents: their stage has no size, so they are as large as the clips; run it first")
     height, width = (side // (stride * by) for side, by in zip(latents.config.size, latents.config.shrink, strict=True))
     return height, width
+
+
+def _live_positions(live: LiveConfig, dataset: Source, stride: int) -> tuple[int, int]:
+    """Height and width of the largest live latents, in positions."""
+    if live.size is not None:
+        return live.size[0] // stride, live.size[1] // stride
+    if not storage.exists(storage.join(dataset.uri, "dataset.json")):
+        raise UserError("live.size: is that of the clips, which is known when the `shard` stage has run; run it first")
+    clips = compact.open_split(dataset.uri, "train")[1]
+    sides = np.stack([clips[name].to_numpy() // stride for name in ("height", "width")], 1)
+    height, width = sides[sides.prod(1).argmax()].tolist()
+    return height, width
+
+
+def beside(config: Any, encoder: Source) -> tuple[nn.Module, ...]:
+    """The models on the device beside one of latents: what decodes samples, and what encodes where latents are live."""
+    return tuple(module_of(encoder) for _ in range(2 if live_of(config) else 1))
 
 
 def frame_rate(dataset: Source) -> float:

@@ -4,9 +4,11 @@ A stage is a module with `VERSION`, `PRODUCES` and a `Config` (a `TrainConfig` w
 `longtake.datasets.stage`), whose `run` is the one below; and with
 
 - `MODEL`, the kind of its model in config.json, and `SUMMARY`, the file that `evaluate` leaves its figures in;
-- `prepare(config, inputs, folder) -> Setup`: data and model from before the first step, checked. The inputs are pinned,
-  `folder` is that of the checkpoints; a `Setup` has `model`, on this rank's device, and whatever else the stage needs;
-- `loader(config, setup, rank, world) -> Stream`: this rank's share of the training batches;
+- `prepare(config, inputs, folder) -> Setup`: data and model from before the first step, checked. The inputs are pinned and
+  what is live among them resolved, `folder` is that of the checkpoints; a `Setup` has `model`, on this rank's device, and
+  whatever else the stage needs;
+- `loader(config, setup, rank, world) -> Stream`: this rank's share of the training batches, rank `rank` of `world` that
+  read (see `engines.place`);
 - `objective(config, setup) -> Objective`;
 - `evaluate(config, setup, folder)`: measures the trained model on held-out clips, each rank its share, and leaves
   `SUMMARY` and pictures in the folder;
@@ -15,6 +17,7 @@ A stage is a module with `VERSION`, `PRODUCES` and a `Config` (a `TrainConfig` w
 
 It may also have
 
+- `largest(config, inputs, count)`, and what goes with it: the first line says what it takes of memory (see `training.fit`);
 - `announce(config, setup, loader) -> (lines, figures)`: lines to print and figures to log before the first step;
 - `kind(setup) -> str`: the kind of its model in config.json, where that is not always `MODEL`;
 - `registered(config) -> dict[str, str]`: models of the registry that its settings name, pinned as its inputs are;
@@ -35,8 +38,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from longtake.training import checkpoint, launch, registry, tracker
+from longtake.training import checkpoint, engines, forecast, launch, registry, tracker
 from longtake.training.config import TrainConfig
+from longtake.training.live.record import resolved
 from longtake.training.loop import train
 from longtake.training.registry import disk, lineage, promotion
 from longtake.training.tracker import Tracker
@@ -70,27 +74,30 @@ def run(stage: ModuleType, config: Any, inputs: Mapping[str, str], output: str) 
 
 def work(stage: Any, config: Any, inputs: Mapping[str, str], folder: Path) -> None:
     """What each rank does: train from the latest checkpoint in `folder`, leave the last one there, and measure it."""
-    torch.manual_seed(config.seed)
     torch.distributed.barrier()  # the first rank has pinned the inputs before
     inputs = lineage.pinned(inputs, folder)
-    _train(stage, config, inputs, folder)
+    path = checkpoint.latest(folder)
+    unfinished = path is None or checkpoint.meta(path)["step"] < config.steps
+    foreseen = forecast.announce(stage, config, inputs) if unfinished else None
+    torch.manual_seed(config.seed)
+    _train(stage, config, inputs, folder, foreseen)
     results = _empty_folder(folder)
-    setup = stage.prepare(config, inputs, folder)
+    setup = stage.prepare(config, resolved(config, inputs, folder), folder)
     setup.model.load_state_dict(checkpoint.trained(folder, config))
     setup.model.eval()
     stage.evaluate(config, setup, results)
 
 
-def _train(stage: Any, config: TrainConfig, inputs: Mapping[str, str], folder: Path) -> None:
-    setup = stage.prepare(config, inputs, folder)
-    loader = stage.loader(config, setup, torch.distributed.get_rank(), torch.distributed.get_world_size())
+def _train(stage: Any, config: TrainConfig, inputs: Mapping[str, str], folder: Path, foreseen: float | None) -> None:
+    setup = stage.prepare(config, resolved(config, inputs, folder), folder)
+    loader = stage.loader(config, setup, *engines.place(config))
     objective = stage.objective(config, setup)
     with _tracked(folder) as log:
         if log and hasattr(stage, "announce"):
             lines, figures = stage.announce(config, setup, loader)
             print(*lines, sep="\n", flush=True)
             log.log(0, figures)
-        train(objective, loader, config, folder, log, launch.stop_requested)
+        train(objective, loader, config, folder, log, launch.stop_requested, foreseen)
 
 
 @contextlib.contextmanager
@@ -124,7 +131,7 @@ def publish(stage: Any, config: Any, inputs: Mapping[str, str], folder: Path) ->
     Returns:
         `uri` of the version, and `metrics`.
     """
-    setup = stage.prepare(config, lineage.pinned(inputs, folder), folder)
+    setup = stage.prepare(config, resolved(config, lineage.pinned(inputs, folder), folder), folder)
     record = lineage.read(folder)
     facts = {"lineage": record} | stage.facts(config, setup, record)
     with tracker.connect(folder, system_metrics=False) as log, TemporaryDirectory() as scratch:

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 _SMALL = 4096  # elements of a tensor whose values are computed too
 _VALUE = "known_value"  # attribute of a fake tensor
+_HOST: dict[str, Any] = {"device": torch.device("cpu"), "generator": None, "pin_memory": False}
 _aten = torch.ops.aten
 
 
@@ -63,6 +64,9 @@ class Trace(TorchDispatchMode):
             self._note()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:
+            # asked of every tensor all the time
+            return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
         kwargs = kwargs or {}
         if func is _aten._local_scalar_dense.default:
             return _scalar(args[0])
@@ -85,6 +89,9 @@ class Trace(TorchDispatchMode):
         return made
 
     def _track(self, tensor: Tensor) -> None:
+        if tensor.is_meta:
+            # in the place of the host
+            return
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._sizes:
@@ -152,7 +159,7 @@ def _numbers(index: Tensor | None) -> Tensor | None:
         return index
     assert index.ndim == 1, "a trace takes masks of rows"
     value = _known(index)
-    return torch.arange(len(index), device=index.device) if value is None else value.nonzero().flatten()
+    return torch.arange(len(index)) if value is None else value.nonzero().flatten()
 
 
 def _add_values(func: Any, args: Any, kwargs: Any, made: Any) -> None:
@@ -167,9 +174,11 @@ def _add_values(func: Any, args: Any, kwargs: Any, made: Any) -> None:
         return
     if func._schema.name.startswith("aten::randint"):
         high = args[1] if func._overloadname.startswith("low") else args[0]
-        values: Any = torch.full(results[0].shape, high - 1, dtype=results[0].dtype, device=results[0].device)
+        values: Any = torch.full(results[0].shape, high - 1, dtype=results[0].dtype)
     else:
-        values = func(*tree_map(_known, args), **tree_map(_known, kwargs))
+        # on the host, in any case: to look at a device would make it wait
+        settings = tree_map(_known, kwargs)
+        values = func(*tree_map(_known, args), **settings | {k: v for k, v in _HOST.items() if k in kwargs})
         for work in tree_leaves(values):
             if isinstance(work, torch.ScriptObject):
                 # a collective goes on by itself until it is waited for

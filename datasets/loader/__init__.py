@@ -1,10 +1,11 @@
 """The loader: any split, view and columns of a dataset as a deterministic stream of batches.
 
 `split` opens the columns, `selection` says which samples take part and `buckets` which of them share batches. `order` is the
-order of an epoch, `batches` makes a batch from its number alone, `window` a sample, and `workers` run them.
+order of an epoch, `batches` makes a batch from its number alone, `window` a sample in its place of the batch (`room`), of
+latents and tokens by `codes`. `workers` run them, and `handover` brings their batches over.
 
-Samples are read by their byte offsets and cross process borders as uint8. The state is the number of batches taken:
-resuming opens the tars that come next, at the bytes where they are needed, and replays nothing.
+Samples are read by their byte offsets, each byte is copied once, and the pixels of a batch are uint8. The state is the number of
+batches taken: resuming opens the tars that come next, at the bytes where they are needed, and replays nothing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from longtake.datasets.errors import UserError
 from longtake.datasets.loader import order
 from longtake.datasets.loader.batches import Batches
 from longtake.datasets.loader.buckets import batch_counts, make_buckets, window_shapes
+from longtake.datasets.loader.live import Live
 from longtake.datasets.loader.mixture import Mixture
 from longtake.datasets.loader.selection import in_streams, select, with_history, with_sound
 from longtake.datasets.loader.split import COLUMNS, by_name, classes, factor_of, open_columns
@@ -78,6 +80,8 @@ class Loader(Stream):
             are then those of the clip that has most of the window.
         workers: decoding processes of this rank; 0 decodes in this one.
         cache: keeps whole tars of a remote dataset; None reads each sample by itself.
+        live: columns of latents by their names that are not there: a batch has zeros in their place, and `pixels`, a list of
+            the (T, H, W, 3) that they are to be made of (see `datasets.loader.live`).
         unreadable: "stop" at a sample that cannot be read, or "skip": another of this rank's share of the batch takes
             its place, and `batch["skipped"]` and `skipped` count; a share with nothing readable still stops.
 
@@ -117,6 +121,7 @@ class Loader(Stream):
         histories: Lengths | None = None,
         workers: int = 0,
         cache: Cache | None = None,
+        live: Mapping[str, Live] | None = None,
         unreadable: Literal["stop", "skip"] = "stop",
     ) -> None:
         names = by_name(columns)
@@ -129,7 +134,9 @@ class Loader(Stream):
         base, facts = compact.open_split(dataset, split, cache=cache)
         if not len(base.shards):
             raise UserError(f"{where}: no committed shard; run its `shard` stage")
-        opened, code_facts = open_columns(base, names, cache)
+        opened, code_facts = open_columns(base, names, cache, live)
+        if history_seconds and opened.live:
+            raise UserError("history_seconds: live latents have the histories of their streams; ask for `histories`")
 
         # the samples that take part, and their shapes
         lengths = sorted({frames} if isinstance(frames, int) else set(frames), reverse=True)

@@ -6,7 +6,7 @@
 import functools
 import sys
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,11 +17,15 @@ import torch
 from longtake.datasets.errors import Failure
 from longtake.datasets.loader import order
 from longtake.datasets.loader.buckets import Bucket
+from longtake.datasets.loader.pixels import pixels
+from longtake.datasets.loader.room import Empty, Room, tensor_bytes
 from longtake.datasets.loader.split import Split
 from longtake.datasets.loader.window import Sample, Window, load
 from longtake.datasets.masking import shown
 
-_THREADS, _AHEAD = 8, 32  # samples of a remote dataset read at once, and waiting to be taken
+# samples of a remote dataset: read at once, and under way at least and, of small ones, at most
+_THREADS, _AHEAD, _MOST_AHEAD = 32, 32, 256
+_BYTES_AHEAD = 64 << 20  # of more samples than the least
 _FETCHES = 2  # tars that are fetched to the cache at once, before they are needed
 
 
@@ -41,39 +45,46 @@ class Batches:
     _epochs: dict[tuple[int, int], tuple[order.Epoch, np.ndarray, np.ndarray | None]] = field(default_factory=dict)
     _fetched: set[tuple[int, int, int]] = field(default_factory=set)
 
-    def make(self, numbers: Iterator[int]) -> Iterator[dict[str, Any]]:
+    def make(self, numbers: Iterator[int], empty: Empty = np.empty) -> Generator[dict[str, Any]]:
         if not self.remote:
             for number in numbers:
                 epoch, window, samples = self.samples_of(number)
-                yield self._batch(epoch, [self._load(sample, window) for sample in samples])
+                room = Room(len(samples), empty)
+                yield self._batch(epoch, [self._load(*one, window, room) for one in enumerate(samples)], room)
             return
-        waiting: deque[tuple[int, list[Future[Any]]]] = deque()
+        waiting: deque[tuple[int, list[Future[Any]], Room]] = deque()
+        most = _AHEAD
         with ThreadPoolExecutor(_THREADS) as pool, ThreadPoolExecutor(_FETCHES) as ahead:
             try:
                 for number in numbers:
                     epoch, window, samples = self.samples_of(number)
-                    waiting.append((epoch, [pool.submit(self._load, sample, window) for sample in samples]))
+                    room = Room(len(samples), empty)
+                    loading = [pool.submit(self._load, *one, window, room) for one in enumerate(samples)]
+                    waiting.append((epoch, loading, room))
                     self._fetch_ahead(number, ahead)
-                    while sum(len(futures) for _, futures in waiting) > _AHEAD:
-                        epoch, futures = waiting.popleft()
-                        yield self._batch(epoch, [future.result() for future in futures])
+                    while sum(len(futures) for _, futures, _ in waiting) > most:
+                        epoch, futures, room = waiting.popleft()
+                        batch = self._batch(epoch, [future.result() for future in futures], room)
+                        most = _samples_ahead(batch)
+                        yield batch
                 while waiting:
-                    epoch, futures = waiting.popleft()
-                    yield self._batch(epoch, [future.result() for future in futures])
+                    epoch, futures, room = waiting.popleft()
+                    yield self._batch(epoch, [future.result() for future in futures], room)
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
                 ahead.shutdown(wait=False, cancel_futures=True)
 
-    def _load(self, sample: Sample, window: Window) -> dict[str, Any] | Failure:
+    def _load(self, place: int, sample: Sample, window: Window, room: Room) -> dict[str, Any] | Failure:
         try:
-            return load(self.split, sample, window)
+            loaded = load(self.split, sample, window, room.of_sample(place))
+            return loaded | {"pixels": pixels(self.split, sample, window, loaded)} if self.split.live else loaded
         except Failure as e:
             if not self.skip:
                 raise
             return e
 
-    def _batch(self, epoch: int, samples: list[dict[str, Any] | Failure]) -> dict[str, Any]:
-        good = [sample for sample in samples if not isinstance(sample, Failure)]
+    def _batch(self, epoch: int, samples: list[dict[str, Any] | Failure], room: Room) -> dict[str, Any]:
+        good = [n for n, sample in enumerate(samples) if not isinstance(sample, Failure)]
         if not good:
             assert isinstance(samples[0], Failure)
             raise samples[0]
@@ -82,7 +93,7 @@ class Batches:
                 print(shown(f"warning: skipped: {sample}"), file=sys.stderr)
         # readable samples fill the places: all ranks keep the same batch size
         filled = [*good, *(good[n % len(good)] for n in range(len(samples) - len(good)))]
-        out = collate(filled, self.split.latents, self.split.texts) | {"epoch": epoch}
+        out = collate(samples, filled, room, self.split.latents, self.split.texts) | {"epoch": epoch}
         return out | ({"skipped": len(samples) - len(good)} if self.skip else {})
 
     def samples_of(self, number: int) -> tuple[int, Window, list[Sample]]:
@@ -92,16 +103,14 @@ class Batches:
         sequence, rows, copies = self._epoch(bucket, epoch)
         positions = order.rank_slice(order.positions(nth, b.batch, len(rows)), self.rank, self.world)
         picked = sequence.samples(positions)
-        starts = self.split.base.starts
-        shards = np.searchsorted(starts, rows[picked], "right") - 1
-        drawn = self.shuffle or b.window.clip_starts is not None
-        samples = []
-        for shard, row, n in zip(
-            shards.tolist(), (rows[picked] - starts[shards]).tolist(), picked.tolist(), strict=True
-        ):
-            chance = (self.seed, epoch, 0 if copies is None else int(copies[n])) if drawn else None
-            samples.append(Sample(shard, row, chance, number))
-        return epoch, b.window, samples
+        starts, rows = self.split.base.starts, rows[picked]
+        shards = starts.searchsorted(rows, "right") - 1
+        places = zip(shards.tolist(), (rows - starts[shards]).tolist(), strict=True)
+        if not (self.shuffle or b.window.clip_starts is not None):
+            return epoch, b.window, [Sample(shard, row, None, number) for shard, row in places]
+        copied = [0] * len(rows) if copies is None else copies[picked].tolist()
+        chances = [(self.seed, epoch, copy) for copy in copied]
+        return epoch, b.window, [Sample(*place, chance, number) for place, chance in zip(places, chances, strict=True)]
 
     def _turn(self, number: int) -> tuple[int, int, int]:
         """The epoch of a batch, its bucket, and its number among the bucket's batches of the epoch."""
@@ -141,20 +150,27 @@ class Batches:
                     pool.submit(self.split.reader.fetch, column, shard)
 
 
+def _samples_ahead(batch: dict[str, Any]) -> int:
+    """How many samples may be under way after such a batch: enough of them outlast a request that fails and is made again."""
+    sample_bytes = 1 + tensor_bytes(batch) // len(batch["key"])
+    return max(_AHEAD, min(_MOST_AHEAD, _BYTES_AHEAD // sample_bytes))
+
+
 def collate(
-    samples: Sequence[Mapping[str, Any]], latents: Collection[str] = (), texts: Collection[str] = ()
+    samples: Sequence[Any], places: list[int], room: Room, latents: Collection[str] = (), texts: Collection[str] = ()
 ) -> dict[str, Any]:
-    """Stack samples: arrays and numbers become tensors, everything else lists.
+    """Join the samples at `places`: arrays and numbers become tensors, everything else lists.
 
     `latents` and `texts` are the names of columns of latents and of token states; these get a mask beside them.
     """
     out: dict[str, Any] = {}
-    for name, first in samples[0].items():
-        values = [s[name] for s in samples]
+    chosen = [samples[place] for place in places]
+    for name, first in chosen[0].items():
+        values = [s[name] for s in chosen]
         if name in texts:
             out[name], out[f"{name}_mask"] = padded(values)
         elif isinstance(first, np.ndarray):
-            out[name] = torch.from_numpy(np.stack(values))
+            out[name] = torch.from_numpy(room.joined(name, values, places))
         else:
             out[name] = torch.tensor(values) if isinstance(first, int) else values
         if name.removeprefix("history_") in latents:

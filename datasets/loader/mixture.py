@@ -1,11 +1,14 @@
 """Several loaders as one stream of batches."""
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from typing import Any
+
+import numpy as np
 
 from longtake.datasets.errors import UserError
 from longtake.datasets.loader import order
+from longtake.datasets.loader.room import Empty
 from longtake.datasets.loader.workers import Plan, Stream
 
 
@@ -48,7 +51,7 @@ class _Mixed:
     def __init__(self, plans: list[Plan], names: list[str], weights: list[float], seed: int) -> None:
         self.plans, self.names, self.weights, self.seed = plans, names, weights, seed
 
-    def make(self, numbers: Iterator[int]) -> Iterator[dict[str, Any]]:
+    def make(self, numbers: Iterator[int], empty: Empty = np.empty) -> Generator[dict[str, Any]]:
         queues: list[deque[int]] = [deque() for _ in self.plans]
         turns = deque[int]()
 
@@ -67,7 +70,7 @@ class _Mixed:
                 if queues[part]:
                     yield queues[part].popleft()
 
-        streams = [plan.make(numbers_of(part)) for part, plan in enumerate(self.plans)]
+        streams = [plan.make(numbers_of(part), empty) for part, plan in enumerate(self.plans)]
         while turns or queue_next():
             part = turns.popleft()
             yield next(streams[part]) | {"part": self.names[part]}

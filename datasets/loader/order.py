@@ -9,8 +9,9 @@ turn, so neither the world size nor the worker count changes what a batch holds.
 """
 
 import hashlib
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -33,13 +34,17 @@ class Epoch:
     ends: np.ndarray  # the position after each block
     block: int  # shards in a block
     seed: tuple[int, int] | None  # (seed, epoch); None: in the order on disk
+    _latest: dict[int, np.ndarray] = field(default_factory=dict, compare=False)  # blocks that were shuffled last
 
     def samples(self, positions: np.ndarray) -> np.ndarray:
         """(P,) the numbers of the samples at these (P,) positions of the epoch."""
         if self.seed is None:
             return np.asarray(positions)
+        blocks = self.ends.searchsorted(positions, "right")
+        if len(blocks) and (blocks == blocks[0]).all():
+            number = int(blocks[0])
+            return self._shuffled(number)[positions - (self.ends[number - 1] if number else 0)]
         samples = np.empty(len(positions), np.int64)
-        blocks = np.searchsorted(self.ends, positions, "right")
         for number in np.unique(blocks).tolist():
             in_block = blocks == number
             start = self.ends[number - 1] if number else 0
@@ -53,9 +58,16 @@ class Epoch:
 
     def _shuffled(self, number: int) -> np.ndarray:
         """The samples of a block, in the order in which they come."""
+        if (known := self._latest.get(number)) is not None:
+            return known
         shards = self.shards[number * self.block : (number + 1) * self.block]
         samples = np.concatenate([np.arange(self.starts[s], self.starts[s] + self.sizes[s]) for s in shards])
-        return _rng(*self.seed, 1 + number).permutation(samples)  # type: ignore[misc]
+        shuffled = _rng(*self.seed, 1 + number).permutation(samples)  # type: ignore[misc]
+        # a batch is of one block, or of the end of one and the start of the next
+        while len(self._latest) > 1:
+            self._latest.pop(next(iter(self._latest)))
+        self._latest[number] = shuffled
+        return shuffled
 
 
 def epoch(sizes: np.ndarray, seed: int, number: int, block: int = 16, shuffle: bool = True) -> Epoch:
@@ -150,11 +162,29 @@ def check_batch(samples: int, global_batch: int, world: int, last: Last, where: 
 def sample_rng(seed: int, epoch: int, key: str, copy: int = 0) -> np.random.Generator:
     """The random numbers of one sample in one epoch, the same wherever and whenever it is read.
 
-    `copy` numbers the times that a sample comes in the epoch.
+    `copy` numbers the times that a sample comes in the epoch. The generator is the thread's own: its next call gives it to
+    another sample.
     """
-    # not a SeedSequence, which takes as long as reading a latent
     digest = hashlib.blake2b(f"{seed} {epoch} {copy} {key}".encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest)))
+    # as a new Philox(key=...), which would take as long as reading a latent: it asks the system for entropy
+    key_words = int.from_bytes(digest[8:]), int.from_bytes(digest[:8])
+    generator = _own.generator
+    generator.bit_generator.state = _FRESH | {"state": {"counter": _ZEROS, "key": key_words}}
+    return generator
+
+
+_ZEROS = (0, 0, 0, 0)
+_FRESH = {"bit_generator": "Philox", "buffer": _ZEROS, "buffer_pos": 4, "has_uint32": 0, "uinteger": 0}
+
+
+class _Own(threading.local):
+    """The generator of each thread."""
+
+    def __init__(self) -> None:
+        self.generator = np.random.Generator(np.random.Philox(0))
+
+
+_own = _Own()
 
 
 def _rng(*numbers: int) -> np.random.Generator:

@@ -2,9 +2,10 @@
 
 import mmap
 import threading
-import zlib
 from collections import OrderedDict
 from pathlib import Path
+
+from isal import isal_zlib
 
 from longtake.datasets import storage
 from longtake.datasets.cache import Cache
@@ -26,7 +27,7 @@ class Reader:
         """A member's bytes. Raises Failure where they are missing, or have another CRC-32."""
         data = self.range(rows, shard, offset, size)
         # a damaged clip often decodes, to other pixels
-        if zlib.crc32(data) != crc32:
+        if isal_zlib.crc32(data) != crc32:
             url = rows.tar(shard)[0]
             raise Failure(f"{url}: bytes {offset} to {offset + size} are damaged; run `longtake dataset verify`")
         return data

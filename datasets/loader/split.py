@@ -13,8 +13,9 @@ from longtake.datasets.cache import Cache
 from longtake.datasets.compact import Rows
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.loader import streams
+from longtake.datasets.loader.codes import Items, latents_of, tokens_of
+from longtake.datasets.loader.live import Live, live_columns
 from longtake.datasets.loader.reader import Reader
-from longtake.datasets.loader.streams import latents_before
 from longtake.datasets.tokens import PREFIX
 
 COLUMNS = (
@@ -28,6 +29,7 @@ COLUMNS = (
     "json",
     "label",
 )
+_SHARDS = 64  # whose items are kept in memory
 # how columns begin, and what they are called without a name
 _CALLED = {"latent-": "latent", PREFIX: "tokens", "caption-": "caption", "text-": "text"}
 
@@ -42,8 +44,10 @@ class Split:
         self.tokens = self.of_kind("tokens")
         self.captions = self.of_kind("caption")
         self.texts = self.of_kind("text")
+        self.live = live_columns(columns)  # of latents that are yet to be encoded
         self.widths: dict[str, int] = {}  # of the states in each column of texts
         self.labels: dict[str, int] = {}  # the number of each label
+        self._items: dict[tuple[str, int], Items] = {}
 
     def of_kind(self, kind: str) -> tuple[str, ...]:
         """The names of the cache columns that are called `kind` where they have no other name."""
@@ -51,7 +55,8 @@ class Split:
 
     def tars(self) -> list[Rows]:
         """The rows of the base and of the cache columns that have tars."""
-        return [self.base, *(rows for name, rows in self.columns.items() if not index.is_table(self.names[name]))]
+        beside = [n for n in self.columns if not index.is_table(self.names[n]) and n not in self.live]
+        return [self.base, *(self.columns[name] for name in beside)]
 
     @cached_property
     def sound(self) -> tuple[int, int]:
@@ -105,33 +110,53 @@ class Split:
                     f"columns: {column} has a window every {hop} frames, {first} every {first_hop}; encode both with one `hop`"
                 )
 
+    def codes(self, column: str, shard: int, number: int) -> Items:
+        """The items of a shard in a column of latents or tokens. Raises Failure where row `number` is of another clip."""
+        if (items := self._items.get((column, shard))) is None:
+            if len(self._items) >= _SHARDS * len(self.columns):
+                self._items = {}
+            read = latents_of if column in self.latents else tokens_of
+            items = self._items[column, shard] = read(self.columns[column], shard, self.base.of(shard))
+        if not items.of_base[number]:
+            raise self._of_other_clips(column, shard)
+        return items
+
     def cache_row(self, column: str, shard: int, number: int, row: Mapping[str, Any]) -> dict[str, Any]:
         """Row `number` of a shard in a cache column's index. Raises Failure where its clip is not that of the base's `row`."""
         cached = self.columns[column].row(shard, number)
         if cached["key"] != row["key"] or cached["base_sha256"] != row["sha256"]:
-            url = self.columns[column].tar(shard)[0]
-            raise Failure(f"{url}: made from other clips; delete the column's indexes and run its stage again")
+            raise self._of_other_clips(column, shard)
         return cached
 
-    def latent_rows(self, shard: int, number: int, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The `cache_row` of each column of latents."""
-        return [self.cache_row(column, shard, number, row) for column in self.latents]
+    def _of_other_clips(self, column: str, shard: int) -> Failure:
+        url = self.columns[column].tar(shard)[0]
+        return Failure(f"{url}: made from other clips; delete the column's indexes and run its stage again")
 
-    def check_alike(self, shard: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Raise Failure where a clip has other latents in one column, by its `latent_rows`, than in another."""
-        for column, row in zip(self.latents[1:], rows[1:], strict=True):
-            where = f"{self.columns[column].tar(shard)[0]}: {row['key']}"
-            first_column, first = self.names[self.latents[0]], rows[0]
-            if row["steps"] != first["steps"]:
+    def latent_codes(self, shard: int, number: int) -> list[Items]:
+        """The `codes` of each column of latents. Raises Failure where a clip has other latents in one than in another."""
+        columns = [self.codes(column, shard, number) for column in self.latents]
+        if len(columns) > 1:
+            self.check_alike(shard, number, columns)
+        return columns
+
+    def check_alike(self, shard: int, number: int, columns: Sequence[Items]) -> None:
+        """Raise Failure where a clip has other latents in one column, by the `codes` of each, than in another."""
+        for column, items in zip(self.latents[1:], columns[1:], strict=True):
+            where = f"{self.columns[column].tar(shard)[0]}: {self.base.lists(shard)['key'][number]}"
+            first_column, first = self.names[self.latents[0]], columns[0]
+            if items.counts[number] != first.counts[number]:
                 raise Failure(
-                    f"{where}: has {row['steps']} steps, and {first['steps']} in {first_column}; "
+                    f"{where}: has {items.counts[number]} steps, and {first.counts[number]} in {first_column}; "
                     "delete the column's indexes and run its stage again"
                 )
-            if latents_before(row) != latents_before(first):
+            if items.before[number] != first.before[number]:
                 raise Failure(
-                    f"{where}: begins at step {latents_before(row)} of its stream, and at"
-                    f" {latents_before(first)} in {first_column}; encode both with the same join_seconds"
+                    f"{where}: begins at step {items.before[number]} of its stream, and at"
+                    f" {first.before[number]} in {first_column}; encode both with the same join_seconds"
                 )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_items": {}}
 
 
 def by_name(columns: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
@@ -163,8 +188,12 @@ def kind_of(column: str) -> str | None:
     return next((kind for begin, kind in _CALLED.items() if column.startswith(begin)), None)
 
 
-def open_columns(base: Rows, names: Mapping[str, str], cache: Cache | None) -> tuple[Split, list[pa.Table]]:
+def open_columns(
+    base: Rows, names: Mapping[str, str], cache: Cache | None, live: Mapping[str, Live] | None = None
+) -> tuple[Split, list[pa.Table]]:
     """A split with the cache columns among `names`, and the `FACTS` of its columns of latents and tokens.
+
+    Columns of `live` are not there: they have the rows that they would have.
 
     Raises:
         UserError: clips of the base have no sound to load; a column of texts is of other captions than those that are asked
@@ -172,7 +201,12 @@ def open_columns(base: Rows, names: Mapping[str, str], cache: Cache | None) -> t
         Failure: another column lacks clips of the base.
     """
     caches = {name: c for name, c in names.items() if c in ("frame_diff", audio.COLUMN) or kind_of(c)}
-    opened = {name: _open(base, column, cache) for name, column in caches.items()}
+    live = live or {}
+    facts = compact.open_split(base.dataset, base.split, cache=cache)[1] if live else None
+    opened = {
+        name: live[column].open(base, facts) if column in live else _open(base, column, cache)
+        for name, column in caches.items()
+    }
     split = Split(base, names, {name: rows for name, (rows, _) in opened.items()}, Reader(cache))
     for name in split.texts:
         notes = _notes(split.columns[name])

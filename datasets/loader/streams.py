@@ -5,12 +5,11 @@ single frame, all others of a group of frames, as in a generated video. The hist
 before it, so that a model learns of nothing that its own videos lack.
 
 The indexes call latents `steps`, and `stream_step` the number of latents in a stream before a clip's own; so do the keys of
-batches. `latents_before` and `_facts` read these names.
+batches. `_facts` reads these names.
 """
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -100,19 +99,14 @@ def joined(rows: Rows) -> bool:
     return len(filled) > 0 and "stream_step" in rows.of(int(filled[0])).column_names
 
 
-def clips_of(rows: Rows, shard: int, row: int) -> range:
-    """The rows of a shard whose clips make up the stream that `row` is in."""
+def clips_of(before: Sequence[int], row: int) -> range:
+    """The rows of a shard whose clips make up the stream that `row` is in, given what their streams have before each."""
     first, end = row, row + 1
-    while latents_before(rows.row(shard, first)):
+    while before[first]:
         first -= 1
-    while end < rows.counts[shard] and latents_before(rows.row(shard, end)):
+    while end < len(before) and before[end]:
         end += 1
     return range(first, end)
-
-
-def latents_before(row: Mapping[str, Any]) -> int:
-    """The number of latents that a stream has before those of a clip."""
-    return row.get("stream_step") or 0
 
 
 def _facts(rows: Rows, shard: int) -> tuple[np.ndarray, np.ndarray]:

@@ -4,23 +4,25 @@ The window is drawn from the sample's own random numbers; see datasets/README.md
 """
 
 import math
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from longtake.datasets import clip, later, text
 from longtake.datasets.errors import Failure
-from longtake.datasets.loader import captions, sound
+from longtake.datasets.loader import captions, codes, sound
+from longtake.datasets.loader.live import LiveRows
 from longtake.datasets.loader.order import sample_rng
 from longtake.datasets.loader.split import Split
-from longtake.datasets.loader.streams import Lengths, clips_of, latents_before
+from longtake.datasets.loader.streams import Lengths, clips_of
 from longtake.datasets.neighbours import pasts
 from longtake.datasets.shard import described
 
+Array = Callable[[str, tuple[int, ...], Any], np.ndarray]
+_PIXELS = {"video", "frame_diff", "audio"}  # columns that need more of a clip's row than its length
 CHANCES = 4  # numbers of a sample's own, by which training hides its conditions
 
 
@@ -37,8 +39,7 @@ class Window:
     lengths: Lengths | None = None  # of histories in streams of latents
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """A row of the index in an epoch."""
 
     shard: int
@@ -47,37 +48,39 @@ class Sample:
     batch: int = 0  # number of its global batch
 
 
-def load(split: Split, sample: Sample, window: Window) -> dict[str, Any]:
-    """The columns of one sample, as arrays ready to be stacked. Raises Failure naming what is damaged."""
-    row = split.base.row(sample.shard, sample.row)
-    rng = sample_rng(*sample.chance[:2], row["key"], sample.chance[2]) if sample.chance else None
-    out: dict[str, Any] = {"key": row["key"]}
+def load(split: Split, sample: Sample, window: Window, array: Array) -> dict[str, Any]:
+    """The columns of one sample, as arrays ready to be stacked. Raises Failure naming what is damaged.
+
+    Args:
+        array: makes the array of a column, given its name, shape and dtype.
+    """
+    shard, number = sample.shard, sample.row
+    base = split.base.lists(shard)
+    key = base["key"][number]
+    rng = sample_rng(*sample.chance[:2], key, sample.chance[2]) if sample.chance else None
+    out: dict[str, Any] = {"key": key}
     frames: Sequence[int]
 
     if window.lengths:
-        out |= _of_stream(split, sample, window, rng)
+        out |= _of_stream(split, sample, window, rng, array)
     else:
-        latents = split.latent_rows(sample.shard, sample.row, row)
-        split.check_alike(sample.shard, latents)
-        tokens = {column: split.cache_row(column, sample.shard, sample.row, row) for column in split.tokens}
-        factor = latents[0]["factor"] if latents else 1
-        unit = math.lcm(factor, *(cached["hop"] for cached in tokens.values()))
-        frames, place = draw(window, rng, row["frame_count"], unit)
-        out["start"] = frames[0]
-        if "video" in split.names:
-            out["video"] = _video(split, sample.shard, row, frames, window.size, place)
-        if "frame_diff" in split.names:
-            out["frame_diff"] = _frame_diff(split, sample, row, frames, window.size, place)
-        if "audio" in split.names:
-            span = (window.frames - 1) * window.stride + 1
-            out |= sound.of_window(split, sample.shard, sample.row, row, frames[0], span)
-        first, count = frames[0] // factor, 1 + (window.frames - 1) // factor
-        for column, cached in zip(split.latents, latents, strict=True):
-            out[column] = _latents(split, column, sample.shard, cached, first, count)
-        for column, cached in tokens.items():
-            out[column] = _tokens(split, column, sample.shard, cached, frames[0] // cached["hop"])
-        if window.history_seconds:
-            out |= _history(split, sample, row, frames[0], window, place)
+        latents = split.latent_codes(shard, number)
+        tokens = [split.codes(column, shard, number) for column in split.tokens]
+        factor = latents[0].units[number] if latents else 1
+        unit = math.lcm(factor, *(items.units[number] for items in tokens)) if tokens else factor
+        frames, place = draw(window, rng, base["frame_count"][number], unit)
+        start = out["start"] = frames[0]
+        first, count = start // factor, 1 + (window.frames - 1) // factor
+        for column, items in zip(split.latents, latents, strict=True):
+            out[column] = array(column, (count, *items.shapes[number]), items.dtypes[number])
+            _read(split, column, shard, items, number, first, out[column])
+        for column, items in zip(split.tokens, tokens, strict=True):
+            ids = np.empty((1, *items.shapes[number]), items.dtypes[number])
+            _read(split, column, shard, items, number, start // items.units[number], ids)
+            out[column] = array(column, ids.shape[1:], np.int64)
+            out[column][:] = ids[0]
+        if window.history_seconds or not _PIXELS.isdisjoint(split.names):
+            out |= _pixels_and_past(split, sample, frames, window, place, array)
 
     if split.captions or split.texts:
         if window.lengths:
@@ -85,50 +88,71 @@ def load(split: Split, sample: Sample, window: Window) -> dict[str, Any]:
         # drawn last, so that windows are the same with captions and without
         where = captions.place(_clips(split, sample, window), frames[0], frames[-1] + 1, rng.random() if rng else None)
         for column in split.captions:
-            out[column] = _caption(split, column, sample.shard, where)
+            out[column] = _caption(split, column, shard, where)
         for column in split.texts:
-            out[column] = _text(split, column, sample.shard, where)
+            out[column] = _text(split, column, shard, where)
         if split.texts and rng:
             out["chances"] = rng.random(CHANCES)
     if "label" in split.names:
-        out["label"] = split.labels.get(row["label"], -1)
+        out["label"] = split.labels.get(base["label"][number], -1)
     if "json" in split.names:
         # a plain image may have no text beside it
-        data = split.reader.member(split.base, sample.shard, *_span(row, "json_")) if row["json_size"] else b""
-        out["json"] = later.sample(described(bytes(data)), split.base.annotations(sample.shard), row["source"])
+        row = split.base.row(shard, number)
+        data = split.reader.member(split.base, shard, *_span(row, "json_")) if row["json_size"] else b""
+        out["json"] = later.sample(described(bytes(data)), split.base.annotations(shard), row["source"])
     return out
 
 
-def draw(window: Window, rng: np.random.Generator | None, count: int, factor: int) -> tuple[list[int], float]:
+def _pixels_and_past(
+    split: Split, sample: Sample, frames: Sequence[int], window: Window, place: float, array: Array
+) -> dict[str, Any]:
+    """The video, frame differences and sound of a window, and its history."""
+    out: dict[str, Any] = {}
+    row = split.base.row(sample.shard, sample.row)
+    if "video" in split.names:
+        out["video"] = array("video", (3, len(frames), *window.size), np.uint8)
+        _video(split, sample.shard, row, frames, place, out["video"])
+    if "frame_diff" in split.names:
+        out["frame_diff"] = _frame_diff(split, sample, row, frames, window.size, place, array)
+    if "audio" in split.names:
+        span = (window.frames - 1) * window.stride + 1
+        out |= sound.of_window(split, sample.shard, sample.row, row, frames[0], span)
+    if window.history_seconds:
+        out |= _history(split, sample, row, frames[0], window, place)
+    return out
+
+
+def draw(window: Window, rng: np.random.Generator | None, count: int, factor: int) -> tuple[range, float]:
     """The frames of a window that starts at a multiple of `factor` in a clip of `count`, and the place of its crop."""
     span = (window.frames - 1) * window.stride + 1
     latest = (count - span) // factor
     if rng is None:
-        return list(range(0, span, window.stride)), 0.5
+        return range(0, span, window.stride), 0.5
     if window.clip_starts is None or not latest:
         start = int(rng.integers(latest + 1)) * factor
     elif rng.random() < window.clip_starts:
         start = 0
     else:
         start = (1 + int(rng.integers(latest))) * factor
-    return list(range(start, start + span, window.stride)), rng.random() if window.random_crop else 0.5
+    return range(start, start + span, window.stride), rng.random() if window.random_crop else 0.5
 
 
 def _video(
-    split: Split, shard: int, row: Mapping[str, Any], frames: Sequence[int], size: tuple[int, int], place: float
-) -> np.ndarray:
-    """(3, T, H, W) uint8."""
+    split: Split, shard: int, row: Mapping[str, Any], frames: Sequence[int], place: float, video: np.ndarray
+) -> None:
+    """Fill `video` (3, T, H, W) uint8."""
     mp4 = split.reader.member(split.base, shard, *_span(row, "mp4_"))
-    name = f"{split.base.tar(shard)[0]}: {row['key']}.mp4"
-    video = np.empty(0)
-    for n, frame in enumerate(clip.fitted(mp4, (row["height"], row["width"]), frames, size, name, place)):
-        video = video if n else np.empty((3, len(frames), *frame.shape[:2]), np.uint8)
-        video[:, n] = frame.transpose(2, 0, 1)
-    return video
+    clip.fill(video, mp4, (row["height"], row["width"]), frames, f"{split.base.tar(shard)[0]}: {row['key']}.mp4", place)
 
 
 def _frame_diff(
-    split: Split, sample: Sample, row: Mapping[str, Any], frames: Sequence[int], size: tuple[int, int], place: float
+    split: Split,
+    sample: Sample,
+    row: Mapping[str, Any],
+    frames: Sequence[int],
+    size: tuple[int, int],
+    place: float,
+    array: Array,
 ) -> np.ndarray:
     """(3, T-1, h, w) uint8."""
     name = f"{split.base.tar(sample.shard)[0]}: {row['key']}"
@@ -138,50 +162,19 @@ def _frame_diff(
     if len(diff) != row["frame_count"] - 1:
         problem = f"frame_diff has {len(diff)} entries for {row['frame_count']} frames"
         raise Failure(f"{name}: {problem}; delete its index and run `shard` again")
-    part = clip.crop(diff[np.asarray(frames[1:], int) - 1], size, place)
-    return np.ascontiguousarray(part.transpose(3, 0, 1, 2))
+    part = clip.crop(diff[np.asarray(frames[1:], int) - 1], size, place).transpose(3, 0, 1, 2)
+    out = array("frame_diff", part.shape, np.uint8)
+    out[:] = part
+    return out
 
 
-def _latents(split: Split, column: str, shard: int, cached: Mapping[str, Any], first: int, count: int) -> np.ndarray:
-    """(count, 2, C, h, w) float16, or uint16 of bfloat16's bits, from number `first` on; only these bytes are read."""
-    shape = (2, cached["channels"], cached["height"], cached["width"])
-    return _items(split, column, shard, cached, "step", _dtype(cached), shape, first, count)
-
-
-def _tokens(split: Split, column: str, shard: int, cached: Mapping[str, Any], number: int) -> np.ndarray:
-    """(t, h, w) int64 of window `number`, -1 for those of a clip without sound; only its bytes are read."""
-    shape, dtype = (cached["steps"], cached["height"], cached["width"]), np.dtype(cached["dtype"]).newbyteorder("<")
-    ids = _items(split, column, shard, cached, "window", dtype.str, shape, number, 1)
-    return ids[0].astype(np.int64)
-
-
-def _items(
-    split: Split,
-    column: str,
-    shard: int,
-    cached: Mapping[str, Any],
-    item: str,
-    dtype: str,
-    shape: tuple[int, ...],
-    first: int,
-    count: int,
-) -> np.ndarray:
-    """(count, *shape) from number `first` on of the `item`s in a clip's .npy, each with its own checksum."""
-    rows = split.columns[column]
-    size = np.dtype(dtype).itemsize * int(np.prod(shape))  # bytes of an item
-    start = cached["offset"] + cached["size"] - (cached[f"{item}s"] - first) * size
-    data = split.reader.range(rows, shard, start, count * size)
-    sums = np.frombuffer(cached[f"{item}_crc32"], "<u4")[first : first + count]
-    if len(sums) != count or any(zlib.crc32(data[n * size : (n + 1) * size]) != s for n, s in enumerate(sums.tolist())):
-        url = rows.tar(shard)[0]
-        raise Failure(
-            f"{url}: {cached['key']}: {item}s {first} to {first + count} are damaged; run `longtake dataset verify`"
-        )
-    return np.frombuffer(data, dtype).reshape(count, *shape)
-
-
-def _dtype(cached: Mapping[str, Any]) -> str:
-    return "<u2" if cached.get("dtype") == "bfloat16" else "<f2"
+def _read(split: Split, column: str, shard: int, items: codes.Items, number: int, first: int, out: np.ndarray) -> None:
+    """Fill an array (n, ...) with the latents, or windows of tokens, from `first` on of clip `number`."""
+    if isinstance(split.columns[column], LiveRows):
+        out[:] = 0  # to be filled in once they are encoded
+        return
+    what = "step" if column in split.latents else "window"
+    codes.read(split.reader, split.columns[column], shard, items, number, first, out, what)
 
 
 def _history(
@@ -198,68 +191,75 @@ def _history(
 
     if "video" in split.names:
         frames = start - window.stride * np.arange(round(window.history_seconds * row["fps"] / window.stride), 0, -1)
-        parts = [
-            _video(split, sample.shard, past, numbers.tolist(), window.size, place)
-            for past, numbers in _by_clip(frames, [(past, past["frame_count"]) for _, past in before])
-        ]
-        room = np.zeros((3, len(frames), *window.size), np.uint8)
-        out["history_video"], out["history_frames"] = _at_end(room, parts, 1)
+        pieces = _by_clip(frames, [(past, past["frame_count"]) for _, past in before])
+        out["history_frames"] = length = sum(len(numbers) for _, numbers in pieces)
+        video = out["history_video"] = np.zeros((3, len(frames), *window.size), np.uint8)
+        at = len(frames) - length
+        for past, numbers in pieces:
+            _video(split, sample.shard, past, numbers.tolist(), place, video[:, at : at + len(numbers)])
+            at += len(numbers)
 
     if "audio" in split.names:
         count = round(window.history_seconds * row["fps"] / window.stride) * window.stride
         out |= sound.before_window(split, sample.shard, before, row, start, count)
 
     if split.latents:
-        rows_of = (split.latent_rows(sample.shard, number, past) for number, past in before)
+        shard, numbers_before = sample.shard, [number for number, _ in before]
+        codes_of = ((number, [split.codes(name, shard, number) for name in split.latents]) for number in numbers_before)
         # a clip without latents ends the history
-        clips = list(takewhile(lambda rows: all(cached["steps"] for cached in rows), rows_of))
-        for rows in clips:
-            split.check_alike(sample.shard, rows)
-        factor = clips[0][0]["factor"]
+        clips = list(takewhile(lambda clip: all(items.counts[clip[0]] for items in clip[1]), codes_of))
+        for number, columns in clips:
+            split.check_alike(shard, number, columns)
+        first = clips[0][1][0]
+        factor = first.units[sample.row]
         latents = start // factor - np.arange(round(window.history_seconds * row["fps"] / factor), 0, -1)
-        pieces = _by_clip(latents, [(rows, rows[0]["steps"]) for rows in clips])
-        for n, column in enumerate(split.latents):
-            parts = [
-                _latents(split, column, sample.shard, rows[n], int(numbers[0]), len(numbers))
-                for rows, numbers in pieces
-            ]
-            cached = clips[0][n]
-            shape = (len(latents), 2, cached["channels"], cached["height"], cached["width"])
-            room = np.zeros(shape, _dtype(cached))
-            out[f"history_{column}"], out["history_steps"] = _at_end(room, parts, 0)
+        pieces = _by_clip(latents, [(number, first.counts[number]) for number, _ in clips])
+        for column, items in zip(split.latents, clips[0][1], strict=True):
+            room = np.zeros((len(latents), *items.shapes[sample.row]), items.dtypes[sample.row])
+            out["history_steps"] = length = sum(len(numbers) for _, numbers in pieces)
+            at = len(room) - length
+            for number, numbers in pieces:
+                part = room[at : at + len(numbers)]
+                _read(split, column, sample.shard, items, number, int(numbers[0]), part)
+                at += len(numbers)
+            out[f"history_{column}"] = room
     return out
 
 
-def _of_stream(split: Split, sample: Sample, window: Window, rng: np.random.Generator | None) -> dict[str, Any]:
+def _of_stream(
+    split: Split, sample: Sample, window: Window, rng: np.random.Generator | None, array: Array
+) -> dict[str, Any]:
     """A window at a drawn latent of its clip's stream, and the latents before it in the stream.
 
     For each column of latents `NAME` and `history_NAME` (Lh, 2, C, h, w); Lh is the longest history that may be drawn,
     `history_steps` how many at its end are true, `stream_step` the latent at which the window begins.
     """
     assert window.lengths
-    clips = []
-    for number in clips_of(split.columns[split.latents[0]], sample.shard, sample.row):
-        clips.append(split.latent_rows(sample.shard, number, split.base.row(sample.shard, number)))
-        split.check_alike(sample.shard, clips[-1])
+    shard, number = sample.shard, sample.row
+    first, *_ = split.latent_codes(shard, number)
+    clips = clips_of(first.before, number)
+    for clip_number in clips:
+        split.latent_codes(shard, clip_number)
 
     # without random numbers as late as there is room, whatever a curriculum says
     lengths = window.lengths.of_batch(sample.batch) if rng else window.lengths
-    count = 1 + (window.frames - 1) // clips[0][0]["factor"]
-    begin = lengths.draw(sum(rows[0]["steps"] for rows in clips), count, rng)
+    count = 1 + (window.frames - 1) // first.units[clips[0]]
+    begin = lengths.draw(sum(first.counts[clips.start : clips.stop]), count, rng)
     before = min(begin, lengths.most)
 
     out: dict[str, Any] = {"history_steps": before, "stream_step": begin}
-    for number, column in enumerate(split.latents):
-        parts = []
-        for rows in clips:
-            start = latents_before(rows[number])
-            first, end = max(begin - before, start), min(begin + count, start + rows[number]["steps"])
-            if first < end:
-                parts.append(_latents(split, column, sample.shard, rows[number], first - start, end - first))
-        latents = np.concatenate(parts)
-        room = np.zeros((window.lengths.most, *latents.shape[1:]), latents.dtype)
-        room[len(room) - before :] = latents[:before]
-        out |= {column: latents[before:], f"history_{column}": room}
+    for column, items in zip(split.latents, split.latent_codes(shard, number), strict=True):
+        shape, dtype = items.shapes[number], items.dtypes[number]
+        out[column] = array(column, (count, *shape), dtype)
+        past = out[f"history_{column}"] = array(f"history_{column}", (window.lengths.most, *shape), dtype)
+        past[: len(past) - before] = 0
+        for part, start in ((past[len(past) - before :], begin - before), (out[column], begin)):
+            for clip_number in clips:
+                own = items.before[clip_number]
+                low, high = max(start, own), min(start + len(part), own + items.counts[clip_number])
+                if low < high:
+                    place = part[low - start : high - start]
+                    _read(split, column, shard, items, clip_number, low - own, place)
     return out
 
 
@@ -267,13 +267,14 @@ def _clips(split: Split, sample: Sample, window: Window) -> list[tuple[int, Mapp
     """The clips that a window may be in: row numbers and rows of the base."""
     numbers = [sample.row]
     if window.lengths:
-        numbers = [*clips_of(split.columns[split.latents[0]], sample.shard, sample.row)]
+        before = split.codes(split.latents[0], sample.shard, sample.row).before
+        numbers = [*clips_of(before, sample.row)]
     return [(number, split.base.row(sample.shard, number)) for number in numbers]
 
 
 def _frames_of_stream(split: Split, sample: Sample, window: Window, begin: int) -> range:
     """The frames of a window that begins at latent `begin` of its stream, counted from the stream's first."""
-    factor = split.columns[split.latents[0]].row(sample.shard, sample.row)["factor"]
+    factor = split.codes(split.latents[0], sample.shard, sample.row).units[sample.row]
     first = max(0, (begin - 1) * factor + 1)
     return range(first, (begin + (window.frames - 1) // factor) * factor + 1)
 
@@ -311,14 +312,6 @@ def _by_clip(numbers: np.ndarray, clips: list[tuple[Any, int]]) -> list[tuple[An
         if len(part):
             pieces.insert(0, (past, part))
     return pieces
-
-
-def _at_end(room: np.ndarray, parts: list[np.ndarray], axis: int) -> tuple[np.ndarray, int]:
-    """`room` with the parts, joined along `axis`, at its end, and their length."""
-    length = sum(part.shape[axis] for part in parts)
-    if length:
-        np.moveaxis(room, axis, 0)[-length:] = np.moveaxis(np.concatenate(parts, axis), axis, 0)
-    return room, length
 
 
 def _span(row: Mapping[str, Any], prefix: str = "") -> tuple[int, int, int]:

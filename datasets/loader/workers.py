@@ -1,26 +1,40 @@
 """A resumable stream of batches, made in this process or by worker processes."""
 
+import contextlib
 import hashlib
 import itertools
 import json
+import multiprocessing
 import os
 import select
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from multiprocessing import forkserver, resource_tracker
+import time
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from multiprocessing import forkserver, resource_tracker, util
+from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from torch._utils import ExceptionWrapper
 
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.loader import order
+from longtake.datasets.loader.handover import Receiver, Sender
+from longtake.datasets.loader.room import Empty, tensor_bytes
+
+_MOST_AHEAD, _BYTES_AHEAD = 32, 32 << 20  # batches that a worker makes ahead: two, and more only of small ones
+_PACK_SECONDS = 0.002  # of making batches that are handed over together
 
 
 class Plan(Protocol):
     """Makes batches of given numbers, in order. Travels to worker processes."""
 
-    def make(self, numbers: Iterator[int]) -> Iterator[dict[str, Any]]: ...
+    def make(self, numbers: Iterator[int], empty: Empty = np.empty) -> Generator[dict[str, Any]]:
+        """`empty` makes the large arrays of batches."""
+        ...
 
 
 class Stream:
@@ -50,18 +64,17 @@ class Stream:
         }
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        share = _Share(self.plan, self._state["taken"], self.end)
-        options: dict[str, Any] = {}
+        start = self._state["taken"]
         if self._workers:
-            options = {"num_workers": self._workers, "multiprocessing_context": "forkserver", "prefetch_factor": 2}
-            _start_server_without_signals()
-        loader = torch.utils.data.DataLoader(share, batch_size=None, pin_memory=torch.cuda.is_available(), **options)
-        for batch in _while_workers_live(iter(loader)) if self._workers else loader:
-            if isinstance(batch, Failure):
-                raise batch
-            self._state["taken"] += 1
-            self.skipped += batch.get("skipped", 0)
-            yield batch
+            batches = _by_workers(self.plan, start, self.end, self._workers)
+        else:
+            batches = self.plan.make(_numbers(start, self.end))
+        pin = torch.cuda.is_available()
+        with contextlib.closing(batches):
+            for batch in batches:
+                self._state["taken"] += 1
+                self.skipped += batch.get("skipped", 0)
+                yield {name: _pinned(value) for name, value in batch.items()} if pin else batch
 
     def at(self, numbers: Iterable[int]) -> Iterator[dict[str, Any]]:
         """Make the batches of these numbers, counted from the first epoch, in this process; the state does not change."""
@@ -86,39 +99,125 @@ class Stream:
         self._state["taken"] = state["taken"]
 
 
-class _Share(torch.utils.data.IterableDataset):
-    """Batches from number `start` on; each of n workers makes every n-th one, and DataLoader takes them in turn."""
-
-    def __init__(self, plan: Plan, start: int, end: int | None) -> None:
-        self.plan, self.start, self.end = plan, start, end
-        self._process = os.getpid()
-
-    def __iter__(self) -> Iterator[dict[str, Any] | Failure]:
-        info = torch.utils.data.get_worker_info()
-        if info:
-            _end_with(self._process)
-        first, stride = (self.start + info.id, info.num_workers) if info else (self.start, 1)
-        numbers = itertools.count(first, stride) if self.end is None else range(first, self.end, stride)
-        try:
-            yield from self.plan.make(iter(numbers))
-        except Failure as e:
-            # yielded, not raised: torch would put a stack trace into its message
-            yield e
+def _pinned(value: Any) -> Any:
+    return value.pin_memory() if isinstance(value, torch.Tensor) else value
 
 
-def _end_with(process: int) -> None:
-    """End this worker as soon as the process that it works for is gone.
+def _numbers(start: int, end: int | None, step: int = 1) -> Iterator[int]:
+    return itertools.count(start, step) if end is None else iter(range(start, end, step))
 
-    torch watches the worker's parent. That is the server, which lives as long as a worker does: each holds its pipe open.
-    """
+
+def _by_workers(plan: Plan, start: int, end: int | None, count: int) -> Generator[dict[str, Any]]:
+    """The batches from number `start` on, of which each of `count` processes makes every `count`-th."""
+    _start_server_without_signals()
+    workers = [_Worker(plan, (start + n, end, count)) for n in range(count)]
+    # before multiprocessing joins its processes, where this is not closed otherwise
+    close = util.Finalize(None, _close, (workers,), exitpriority=100)
     try:
-        watched = select.poll()
-        watched.register(os.pidfd_open(process), select.POLLIN)
-    except ProcessLookupError:
-        os._exit(1)
-    except OSError:
-        # a sandbox that knows no such descriptors: there workers of a killed process stay
-        return
+        for _, worker in zip(_numbers(start, end), itertools.cycle(workers), strict=False):
+            yield worker.take()
+    finally:
+        close()
+
+
+def _close(workers: Sequence["_Worker"]) -> None:
+    for worker in workers:
+        worker.pipe.close()
+        # whatever it is at: it has nothing that would have to be put in order
+        worker.process.kill()
+    for worker in workers:
+        worker.process.join()
+
+
+class _Worker:
+    """A process that makes batches, seen from the one that takes them."""
+
+    def __init__(self, plan: Plan, numbers: tuple[int, int | None, int]) -> None:
+        """`numbers` are the first of its batches, the one that they end before, and the step from one to the next."""
+        context = multiprocessing.get_context("forkserver")
+        self.pipe, theirs = context.Pipe()
+        self._receiver = Receiver(self.pipe)
+        self._batches: deque[Any] = deque()
+        self._taken = 0
+        self.process = context.Process(target=_work, args=(plan, numbers, theirs, os.getpid()), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def take(self) -> dict[str, Any]:
+        """The next batch. Raises Failure: it cannot be made, or the process is gone."""
+        try:
+            if not self._batches:
+                self._batches.extend(self._receiver.receive())
+            batch: Any = self._batches.popleft()
+            self._taken += 1
+            if isinstance(batch, Failure):
+                raise batch
+            if isinstance(batch, ExceptionWrapper):
+                batch.reraise()
+            if not self._batches:
+                self.pipe.send((self._taken, self._receiver.unused()))
+        except (EOFError, ConnectionError) as e:
+            raise Failure(
+                "loader: a decoding process was killed, perhaps for want of memory: lower `workers` or `batch`;"
+                " the last checkpoint is whole: run the same command again to go on from it"
+            ) from e
+        taken: dict[str, Any] = batch
+        return taken
+
+
+def _work(plan: Plan, numbers: tuple[int, int | None, int], pipe: Connection, process: int) -> None:
+    """Make the batches of these numbers, some ahead of those that are taken.
+
+    Batches that are quickly made go in packs: waking a process for each would take longer than making it.
+    """
+    _end_with(process, pipe)
+    torch.set_num_threads(1)
+    sender = Sender(pipe)
+    batches = plan.make(_numbers(*numbers), sender.empty)
+    made = taken = 0
+    pack: list[Any] = []
+    began = time.perf_counter()
+    # the other end is closed
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            pack.append(_next(batches))
+            made += 1
+            last = not isinstance(pack[-1], dict)
+            ahead = 2 if last else max(2, min(_MOST_AHEAD, _BYTES_AHEAD // (1 + tensor_bytes(pack[-1]))))
+            if not last and 2 * len(pack) < ahead and time.perf_counter() - began < _PACK_SECONDS:
+                continue
+            sender.send(pack)
+            pack.clear()
+            # after the last one until this process is ended: what is in the pipe would be lost with it
+            while last or made - taken >= ahead or pipe.poll():
+                taken, unused = pipe.recv()
+                sender.reuse(unused)
+            began = time.perf_counter()
+
+
+def _next(batches: Iterator[dict[str, Any]]) -> dict[str, Any] | Failure | ExceptionWrapper | None:
+    """The next batch, the error in its place, or None at the end."""
+    try:
+        return next(batches, None)
+    except Failure as e:
+        return e
+    except Exception:
+        return ExceptionWrapper(where="in a process of the loader")
+
+
+def _end_with(process: int, pipe: Connection) -> None:
+    """End this worker as soon as the process that it works for is gone, or has closed its end of the pipe.
+
+    Whatever this one is at: its parent is a server, which lives as long as a worker does, since each holds its pipe open.
+    """
+    watched = select.poll()
+    watched.register(pipe.fileno(), 0)  # its end
+    # a sandbox may know no such descriptors: there the pipe tells, unless a child of that process has it open
+    with contextlib.suppress(OSError):
+        try:
+            watched.register(os.pidfd_open(process), select.POLLIN)
+        except ProcessLookupError:
+            os._exit(1)
 
     def watch() -> None:
         watched.poll()
@@ -140,18 +239,3 @@ def _start_server_without_signals() -> None:
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _while_workers_live(batches: Iterator[Any]) -> Iterator[Any]:
-    """Pass batches on. Raises Failure where the system has killed a worker, which torch reports in errors of many kinds."""
-    try:
-        yield from batches
-    except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as e:
-        # the other kinds: a batch in the queue cannot be fetched from a worker that is gone
-        passed_on = str(e).startswith("Caught ")
-        if passed_on or (isinstance(e, RuntimeError) and not str(e).startswith("DataLoader worker")):
-            raise
-        raise Failure(
-            "loader: a decoding process was killed, perhaps for want of memory: lower `workers` or `batch`;"
-            " the last checkpoint is whole: run the same command again to go on from it"
-        ) from e

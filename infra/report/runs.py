@@ -9,11 +9,22 @@ from typing import Any
 
 from longtake.infra.report import pictures
 from longtake.infra.report.embed import Pictures
+from longtake.training.shares import PREFIX, overall
 
 _TELLING = (
     *("promoted", "gain\\..*", "gain_low\\..*", ".*psnr.*", ".*loss.*"),
     *("clips_kept", "clips_dropped", "sources_good", "sources_rejected", "clips"),
 )
+_SPENT = {
+    "compute": "computing",
+    "data": "waiting for data",
+    "exchange": "waiting for other processes",
+    "checkpoint": "checkpoints",
+    "sample": "sample videos",
+    "heldout": "held-out clips",
+    "log": "logging",
+    "other": "the rest",
+}
 
 
 @dataclass(frozen=True)
@@ -34,17 +45,29 @@ class StageRun:
 
 
 def training(stages: Sequence[StageRun], keep: Pictures) -> list[dict[str, Any]]:
-    """A section for every stage with a history: its curves, losses first, and its numbers."""
+    """A section for every stage with a history: where its time went, its curves, losses first, and its numbers."""
     return [
-        {"stage": stage, "curves": [_curve(stage, metric, keep) for metric in sorted(metrics, key=_losses_first)]}
+        {
+            "stage": stage,
+            "spent": _spent(stage),
+            "curves": [_curve(stage, metric, keep) for metric in sorted(metrics, key=_losses_first)],
+        }
         for stage in stages
         if any(map(stage.history.get, metrics := _training_metrics(stage)))
     ]
 
 
 def _training_metrics(stage: StageRun) -> list[str]:
-    """The metrics by optimizer step. An evaluation logs its metrics by position as by_step/NAME."""
-    return [metric for metric in stage.history if not metric.startswith("by_step/")]
+    """The metrics by optimizer step that are drawn. An evaluation logs its metrics by position as by_step/NAME."""
+    return [metric for metric in stage.history if not metric.startswith(("by_step/", PREFIX))]
+
+
+def _spent(stage: StageRun) -> list[dict[str, Any]]:
+    """What the time of a training's steps went into: name, share and whether it is computation; empty where unknown."""
+    spent = overall(stage.history)
+    return [
+        {"name": _SPENT.get(name, name), "share": share, "good": name == "compute"} for name, share in spent.items()
+    ]
 
 
 def _losses_first(metric: str) -> tuple[bool, bool, str]:

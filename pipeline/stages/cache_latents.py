@@ -15,13 +15,12 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field, PositiveInt
 
-from longtake.datasets import index, storage
+from longtake.datasets import encoding, index, storage
 from longtake.datasets import latents as records
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.latents import Latents, Moments, read_latents
 from longtake.datasets.stage import DatasetInput, Input, StageConfig, ViewInput
 from longtake.pipeline import column as columns
-from longtake.pipeline import streams
 from longtake.pipeline.column import WorkerConfig
 
 VERSION = 1
@@ -119,16 +118,16 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
     dataset = storage.absolute(inputs["dataset"])
     base = columns.open_base(dataset, inputs.get("view"))
     uri, model = columns.load_model(inputs["encoder"], "vae")
-    strides = streams.strides_of(model, uri)
-    settings = streams.Settings(
+    strides = encoding.strides_of(model, uri)
+    settings = encoding.Settings(
         **config.model_dump(include=_RECORDED | {"tile", "overlap"}),
         batch=config.run.batch,
         chunk=config.run.chunk,
         threads=max(1, int(config.run.cpus)),
     )
-    streams.check(settings, strides.stride)
+    encoding.check(settings, strides.stride)
     digest = records.encoder_digest(model)
-    column = streams.column_name(digest, settings, base.view)
+    column = encoding.column_name(digest, settings, base.view)
 
     # What is missing.
     with columns.sweeping(dataset) as totals:
@@ -158,7 +157,7 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
 
 
 def _load(
-    device: str, model: Any, *, strides: streams.Strides, settings: streams.Settings, dataset: str, column: str
+    device: str, model: Any, *, strides: encoding.Strides, settings: encoding.Settings, dataset: str, column: str
 ) -> columns.Make:
     """The function that encodes a shard, loaded in an actor."""
     import torch

@@ -17,6 +17,7 @@ from longtake.pipeline.commit import group_name, make_group
 from longtake.pipeline.config import AudioConfig, ClipConfig, CutConfig, FrameDiffConfig, LimitsConfig
 from longtake.pipeline.discover import listing_digest
 from longtake.pipeline.groups import run as run_groups
+from longtake.pipeline.groups import tasks
 from longtake.pipeline.plan import groups as groups_of
 from longtake.pipeline.plan import plan, sources_of
 from longtake.pipeline.seen import planned_again
@@ -163,11 +164,12 @@ def _make(config: Config, output: str, missing: list[dict[str, Any]]) -> None:
     again = planned_again(output, missing)
     jobs = [group | {"again": again.get((group["split"], group["group"]), [])} for group in missing]
 
-    def start(ray: Any, rows: Any, board: Any) -> Any:
-        shared, cut = ray.put(memory), config.cut
-        return rows.map(
-            lambda group: make_group(group, sources_of(output, group), output, cut, ray.get(shared), board),
-            **config.run.options(),
-        )
+    def start(ray: Any, board: Any) -> Any:
+        shared = (ray.put(memory), config.cut, board)
+        return tasks(ray, _make_group, jobs, config.run.options(), output, *shared)
 
     run_groups("shard", jobs, config.run, start, unit="source", total=sum(group["sources"] for group in jobs))
+
+
+def _make_group(group: dict[str, Any], output: str, memory: Mapping[str, bytes], cut: CutConfig, board: Any) -> Any:
+    return make_group(group, sources_of(output, group), output, cut, memory, board)

@@ -1,10 +1,10 @@
 """Memory and time of EncGAN3's generation: flat in the length, and next to nothing beside the network's own.
 
-    python tests/benchmarks/bench_encgan3.py [--size 32 --size 64] [--rounds 7] [--frames 960]
+    python tests/benchmarks/bench_encgan3.py [--size 32 --size 64] [--turns 7] [--frames 960]
 
 Memory: the peak of a process of its own that generates 100, 1,000 and 10,000 frames clip by clip, and of one that runs the
 generator once for 100 to 1,600 frames; the target is that the first does not grow. Time: a rollout beside the same passes
-of the same network in a bare loop that also makes pixels, in turns; CPU time, the median of the rounds' ratios. The target
+of the same network in a bare loop that also makes pixels, in turns; CPU time, the median of the turns' ratios. The target
 is a ratio of at most 1.03. Weights are random, of `encgan3_tiny` at each size.
 """
 
@@ -14,6 +14,7 @@ import resource
 import statistics
 import time
 
+import figures
 import torch
 
 from longtake.datasets.loader import to_pixels
@@ -63,15 +64,15 @@ def bare(model: EncGAN3, frames: int) -> int:
         z_x = model.encode_content(reference).mean
 
 
-def timed(size: int, frames: int, rounds: int) -> tuple[float, float]:
-    """The ratio of a rollout's CPU time to that of the bare loop, and its frames a second: medians."""
+def timed(size: int, frames: int, turns: int) -> tuple[list[float], float]:
+    """The ratios of a rollout's CPU time to that of the bare loop, and the median of its frames a second."""
     model, ratios, rates = tiny(size), [], []
     frames -= frames % (model.config.frames - model.config.overlap)  # whole clips, so that both make as many
     ways = {
         "rollout": lambda: sum(chunk.shape[1] for chunk in Rollout(model, [0]).pixels(frames)),
         "bare": lambda: bare(model, frames),
     }
-    for turn in range(rounds + 1):
+    for turn in range(turns + 1):
         seconds = {}
         for name in sorted(ways, reverse=bool(turn % 2)):
             begun = time.process_time()
@@ -80,26 +81,30 @@ def timed(size: int, frames: int, rounds: int) -> tuple[float, float]:
         if turn:  # the first is to warm up
             ratios.append(seconds["rollout"] / seconds["bare"])
             rates.append(frames / seconds["rollout"])
-    return statistics.median(ratios), statistics.median(rates)
+    return ratios, statistics.median(rates)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, action="append", help="height and width; repeat it for several")
-    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--frames", type=int, default=960, help="of the timed videos")
+    figures.add_option(parser, turns=7)
     options = parser.parse_args()
     spawn, sizes = multiprocessing.get_context("spawn"), options.size or [32, 64]
+    peaks = {}
     for way, lengths in LENGTHS.items():
         for frames in lengths:
             with spawn.Pool(1) as pool:
-                print(
-                    f"{way}: {frames} frames of {sizes[0]}x{sizes[0]}: {pool.apply(peak, (way, frames, sizes[0])):.0f} MB"
-                )
+                peaks[way, frames] = pool.apply(peak, (way, frames, sizes[0]))
+                print(f"{way}: {frames} frames of {sizes[0]}x{sizes[0]}: {peaks[way, frames]:.0f} MB", flush=True)
+    shortest, *_, longest = LENGTHS["rollout"]
+    found = {"memory": [peaks["rollout", longest] / peaks["rollout", shortest]]}
     for size in sizes:
-        ratio, rate = timed(size, options.frames, options.rounds)
+        ratios, rate = timed(size, options.frames, options.turns)
+        ratio, found[f"time_{size}"] = statistics.median(ratios), ratios
         verdict = "within" if ratio <= TARGET else "beyond"
         print(f"{size}x{size}: {rate:.0f} frames a second, {ratio:.3f} of the bare loop's time, {verdict} {TARGET}")
+    figures.write(options.figures, found)
 
 
 if __name__ == "__main__":

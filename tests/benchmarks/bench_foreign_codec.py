@@ -1,6 +1,6 @@
 """How fast a foreign autoencoder encodes, and how much memory long clips take: Wan 2.1's, beside its own class.
 
-    python tests/benchmarks/bench_foreign_codec.py [--rounds 7] [--frames 33] [--side 96] [--threads 1] [--lengths 65 257]
+    python tests/benchmarks/bench_foreign_codec.py [--turns 7] [--frames 33] [--side 96] [--threads 1] [--lengths 65 257]
 
 Speed: a clip by the codec's `encode`, and by the class's own `encode` and the two lines that normalise, in turns: at most
 1.03 times as long. The same for both with `decode`. The network has Wan 2.1's layers at a third of its width.
@@ -8,7 +8,7 @@ Speed: a clip by the codec's `encode`, and by the class's own `encode` and the t
 Memory: the peak of a process of its own above what was resident with the weights, for clips of several lengths: the
 class's `encode`, the codec's `encode`, and its `encode_stream`, whose frames come as they are needed: less than the class.
 
-A line of JSON each: medians over the rounds of CPU seconds, and the median of the rounds' ratios. With more `--threads`
+A line of JSON each: medians over the turns of CPU seconds, and the median of the turns' ratios. With more `--threads`
 than one they are seconds of the clock: nothing else may run beside it then.
 """
 
@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import figures
 import torch
 from torch import Tensor
 
@@ -50,25 +51,25 @@ def clocked(work: Callable[[], Any]) -> float:
     return now() - start
 
 
-def compared(ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int) -> dict[str, float]:
-    """Seconds of both, in turns; who begins changes from round to round."""
+def compared(ours: Callable[[], Any], theirs: Callable[[], Any], turns: int) -> dict[str, Any]:
+    """Seconds of both, in turns; who begins changes from turn to turn."""
     taken = []
-    for number in range(1 + rounds):
+    for number in range(1 + turns):
         order = [ours, theirs] if number % 2 else [theirs, ours]
         seconds = {work: clocked(work) for work in order}
         taken.append((seconds[ours], seconds[theirs]))
     first, second = (statistics.median(column) for column in zip(*taken[1:], strict=True))
-    ratio = statistics.median(a / b for a, b in taken[1:])
-    return {"seconds": first, "seconds_of_class": second, "ratio": ratio, "rounds": rounds}
+    ratios = [a / b for a, b in taken[1:]]
+    return {"seconds": first, "seconds_of_class": second, "ratio": statistics.median(ratios), "ratios": ratios}
 
 
 @torch.inference_mode()
-def speed(rounds: int, frames: int, side: int) -> Iterator[dict[str, Any]]:
+def speed(turns: int, frames: int, side: int) -> Iterator[dict[str, Any]]:
     model, video = codec(), clip(frames, side)
     latent = model.encode(video).mode()
     torch.testing.assert_close(latent, by_class(model.net, video), rtol=1e-4, atol=1e-4)
-    yield {"what": "encode"} | compared(lambda: model.encode(video), lambda: by_class(model.net, video), rounds)
-    yield {"what": "decode"} | compared(lambda: model.decode(latent), lambda: model.net.decode(latent).sample, rounds)
+    yield {"what": "encode"} | compared(lambda: model.encode(video), lambda: by_class(model.net, video), turns)
+    yield {"what": "decode"} | compared(lambda: model.decode(latent), lambda: model.net.decode(latent).sample, turns)
 
 
 def resident(name: str) -> float:
@@ -97,14 +98,16 @@ def peak(way: str, frames: int, side: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--frames", type=int, default=33)
     parser.add_argument("--side", type=int, default=96)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--lengths", type=int, nargs="*", default=[65, 257])
+    figures.add_option(parser, turns=7)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    for line in speed(args.rounds, args.frames, args.side):
+    found: dict[str, list[float]] = {}
+    for line in speed(args.turns, args.frames, args.side):
+        found[line["what"]] = line.pop("ratios")
         print(json.dumps(line), flush=True)
     for frames in args.lengths:
         line = {"what": "peak MB", "frames": frames}
@@ -113,7 +116,10 @@ def main() -> None:
             os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 line[way] = round(pool.apply(peak, (way, frames, args.side)), 1)
+        found[f"memory_{frames}"] = [line["codec"] / line["class"]]
+        found[f"memory_streamed_{frames}"] = [line["stream"] / line["class"]]
         print(json.dumps(line), flush=True)
+    figures.write(args.figures, found)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Twenty seconds of history: as a memory of some tokens, against the same latents as the transformer's full context.
 
-    python tests/benchmarks/bench_history.py [--preset memory_dit_tiny] [--size 8 12] [--rates 4x4x2 2x2x2 2x2x1]
+    python tests/benchmarks/bench_history.py [--preset memory_dit_tiny] [--size 8 12] [--rates 4x4x2 2x2x2 2x2x1] [--turns 1]
 
 Time: encoding the history once, against one denoising pass of a segment with all its steps beside it, clean. A memory
 is encoded once and a segment is denoised in many passes, so the target of 1/20 is a bound. Memory: the peak of one
@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import figures
 import torch
 from torch import Tensor
 
@@ -152,6 +153,8 @@ def main() -> None:
     parser.add_argument("--segment", type=int, default=5)
     parser.add_argument("--rates", nargs="+", default=["4x4x2", "2x2x2", "2x2x1"])
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--turns", type=int, default=1)
+    figures.add_option(parser)
     parser.add_argument("--alone", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.alone:
@@ -161,12 +164,26 @@ def main() -> None:
     print(
         f"{options.preset}, {options.steps} steps of {size}, patch {options.patch}, {engines.device()}, {options.dtype}"
     )
+    found = dict[str, list[float]]()
+    for _ in range(options.turns):
+        for name, value in turn(options).items():
+            found.setdefault(name, []).append(value)
+    figures.write(options.figures, found)
+
+
+def turn(options: argparse.Namespace) -> dict[str, float]:
+    """Print each rate against full context; returns encoding and the memory of a training step as shares of it."""
+    shares = dict[str, float]()
     full, full_step = alone("timed", "full"), alone("trained", "full")
     print(
         f"full context: {full['tokens']} tokens; a pass {full['pass']:.2f} s; a training step {full_step['peak']:.0f} MB"
     )
     for rate in options.rates:
         made, step = alone("timed", rate), alone("trained", rate)
+        shares |= {
+            f"encoding {rate}": made["encode"] / full["pass"],
+            f"memory {rate}": step["peak"] / full_step["peak"],
+        }
         faster, smaller = full["pass"] / made["encode"], full_step["peak"] / step["peak"]
         print(
             f"{rate}: {made['tokens']} tokens; encoding {made['encode'] * 1e3:.0f} ms = 1/{faster:.0f} of a full pass"
@@ -179,6 +196,7 @@ def main() -> None:
             f" {made['append'] * 1e3:.0f} ms; a training step in 1/{full_step['step'] / step['step']:.0f} of the time",
             flush=True,
         )
+    return shares
 
 
 if __name__ == "__main__":

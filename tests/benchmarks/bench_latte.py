@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from longtake.datasets import clip, compact, index, schema, storage
+from longtake.datasets import clip, compact, encoding, index, schema, storage
 from longtake.datasets import latents as column
 from longtake.datasets.shard import write_tar
-from longtake.pipeline import latents, streams
+from longtake.pipeline import latents
 from longtake.training import engines
 from longtake.training.models.common.codec import Pixels
 from longtake.training.models.latte.finetune import Config, _loss, loader_of
@@ -63,9 +63,9 @@ def cached(dataset: str, size: int) -> column.Latents:
     """Its latents by an autoencoder with random weights."""
     torch.manual_seed(0)
     vae = PVVAE(config_from_preset("pv_vae_tiny")).eval().to(engines.device())
-    chosen = streams.Settings((size, size), "fp32", "float16", None, 64, 8, 4)
-    strides, digest = streams.strides_of(vae, "here"), column.encoder_digest(vae)
-    name = streams.column_name(digest, chosen, "")
+    chosen = encoding.Settings((size, size), "fp32", "float16", None, 64, 8, 4)
+    strides, digest = encoding.strides_of(vae, "here"), column.encoder_digest(vae)
+    name = encoding.column_name(digest, chosen, "")
     for split in schema.SPLITS:
         count = len(compact.open_split(dataset, split)[1])
         latents.make_latents(vae, strides, dataset, split, "00000", name, chosen, np.ones(count, bool))

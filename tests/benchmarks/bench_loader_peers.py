@@ -10,7 +10,7 @@ there already. The clips are repeated under other names to `--samples`, and writ
 reads as well), litdata chunks and MDS shards, all on the local disk and in the page cache.
 
 Throughput: 17 consecutive frames from a random place of each clip, cropped to 128x128, shuffled, batches of 8, two
-workers, in steady state within the first epoch, in turns, medians of `--repeats`. The peers decode by our own
+workers, in steady state within the first epoch, in turns, medians of `--turns`. The peers decode by our own
 `clip.decode` and, in a second set, by decord. The target is 1.2 times the best of them.
 
 Resuming: each takes `--broken-after` batches without decoding, saves its state and ends; a new process goes on to the
@@ -244,7 +244,10 @@ class Peer:
         self.process.wait()
 
 
-def throughput(folder: Path, peer: Callable[..., list[str]], environment: dict[str, str], arguments: Any) -> None:
+def throughput(
+    folder: Path, peer: Callable[..., list[str]], environment: dict[str, str], arguments: Any
+) -> dict[str, list[float]]:
+    """What we do of the best peer's samples a second in each turn, by decoder."""
     from bench_loader import Times, timed
 
     from longtake.datasets.loader import Loader
@@ -260,7 +263,7 @@ def throughput(folder: Path, peer: Callable[..., list[str]], environment: dict[s
     peers = {f"{n}, {d}": Peer(peer("--serve", n, str(folder), d), environment) for n, d in names}
     takers = {"ours": take} | {name: one.take for name, one in peers.items()}
     times: dict[str, list[Times]] = {name: [] for name in takers}
-    for turn in range(arguments.repeats):
+    for turn in range(arguments.turns):
         for name, one in takers.items():
             # start-up, and what was made before the clock starts
             one(12 + (0 if turn else 12))
@@ -281,6 +284,11 @@ def throughput(folder: Path, peer: Callable[..., list[str]], environment: dict[s
     best = ", ".join(f"{min(ratios):.2f} with {decoder}" for decoder, ratios in to_ours.items())
     print(f"  ours to the best of them by wall: {best}")
     print(f"  load {os.getloadavg()[0]:.1f} on {len(os.sched_getaffinity(0))} cores", flush=True)
+    by_turn = {name: [t[0] / o[0] for t, o in zip(taken, times["ours"], strict=True)] for name, taken in times.items()}
+    return {
+        decoder: [min(turn) for turn in zip(*(by_turn[f"{n}, {decoder}"] for n in arguments.peers), strict=True)]
+        for decoder in to_ours
+    }
 
 
 def resuming(folder: Path, peer: Callable[..., list[str]], environment: dict[str, str], arguments: Any) -> None:
@@ -334,9 +342,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--python", help="of the peers' environment")
+    parser.add_argument("--figures", type=Path, help="Write the values of each turn there, by name, as JSON.")
     parser.add_argument("--dataset", help="a dataset of clips in place of the one to make")
     parser.add_argument("--samples", type=int, default=2048)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--batches", type=int, default=24)
     parser.add_argument("--broken-after", type=int, default=37)
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=PEERS)
@@ -352,6 +361,9 @@ if __name__ == "__main__":
         name, where, *numbers, kept = arguments.resumed
         resumed(name, Path(where), int(numbers[0]), int(numbers[1]), Path(kept))
     else:
+        if not arguments.python:
+            parser.error("--python: is missing; name the Python of an environment with the peers, made as said above")
+        import figures
         from bench_loader import make_clips
 
         from longtake.datasets import clip
@@ -372,6 +384,6 @@ if __name__ == "__main__":
             if exported.returncode:
                 raise SystemExit(f"the export failed:\n{exported.stderr[-2000:]}")
             if arguments.only != "resuming":
-                throughput(folder, peer, environment, arguments)
+                figures.write(arguments.figures, throughput(folder, peer, environment, arguments))
             if arguments.only != "throughput":
                 resuming(folder, peer, environment, arguments)

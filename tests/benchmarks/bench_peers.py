@@ -6,7 +6,7 @@
     ENV/bin/pip install 'numpy<2' 'pyarrow<19' 'pandas<3' 'python-dateutil<3' 'webdataset<0.3' 'scenedetect==0.6.2' \\
         'opencv-python-headless<4.11' 'transformers==4.37.1' 'huggingface_hub<1' 'fire<0.6' requests ffmpeg-python \\
         yt-dlp fsspec webvtt-py wandb tqdm timeout-decorator decord langdetect soundfile omegaconf einops Pillow scipy
-    python tests/benchmarks/bench_peers.py FOLDER --python ENV/bin/python [--ffmpeg PATH]
+    python tests/benchmarks/bench_peers.py FOLDER --python ENV/bin/python [--ffmpeg PATH] [--turns 3] [--figures FILE]
 
 Both detect cuts, cut exactly there, drop pieces of less than a second, split at ten seconds, scale to a short side of
 128 and write tars of H.264. Theirs re-encodes twice with libx264's defaults (medium, crf 23), ours once (veryfast,
@@ -17,7 +17,7 @@ and does not use here, is an empty stand-in. As released, its download worker as
 that it lacks, and every shard fails; `--as-released` shows that, else the attribute is added.
 
 Theirs counts by getrusage, ours as `bench_shard.py` does. The fixed part of theirs is a run over files that hold no
-video.
+video. Figure: `ratio`, of CPU seconds without the fixed parts, theirs to ours.
 """
 
 import argparse
@@ -33,6 +33,8 @@ from pathlib import Path
 from typing import Any
 
 import av
+import figures
+import imageio_ffmpeg
 from bench_shard import children, cutting, stage
 
 from longtake.datasets import index, schema
@@ -136,18 +138,8 @@ def ours(dataset: str) -> tuple[int, int, float]:
     return len({r["source"] for r in rows}), len(rows), sum(r["frame_count"] / r["fps"] for r in rows)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--python", required=True, help="of the environment that holds video2dataset")
-    parser.add_argument("--ffmpeg", default=shutil.which("ffmpeg"), help="what video2dataset calls")
-    parser.add_argument("--as-released", action="store_true")
-    arguments = parser.parse_args()
-    if not arguments.ffmpeg:
-        parser.error("no ffmpeg on PATH; name one with --ffmpeg")
-    binary = str(Path(arguments.ffmpeg).absolute())
-    found = sorted(p for p in arguments.folder.absolute().iterdir() if p.is_file())
-    taken = [p for p in found if p.suffix in SUFFIXES]
+def turn(found: list[Path], taken: list[Path], python: str, binary: str, mend: bool) -> float:
+    """Measure both once and print it; gives CPU seconds without the fixed parts, theirs to ours."""
     clip = ClipConfig(short_side=128, crf=23)
     group_sources = math.ceil(len(taken) / (8 * len(os.sched_getaffinity(0))))
     with tempfile.TemporaryDirectory() as name:
@@ -157,9 +149,8 @@ if __name__ == "__main__":
         junk = [folder / "junk" / f"{n}.mp4" for n in range(len(taken))]
         for n, path in enumerate(junk):
             path.write_text(f"no video {n}")
-        mend = not arguments.as_released
-        theirs = video2dataset(arguments.python, binary, taken, mend, folder / "theirs")
-        nothing = video2dataset(arguments.python, binary, junk, mend, folder / "nothing")
+        theirs = video2dataset(python, binary, taken, mend, folder / "theirs")
+        nothing = video2dataset(python, binary, junk, mend, folder / "nothing")
         print(f"{len(taken)} of {len(found)} files have a suffix that video2dataset takes")
         print(f"{'':24s} {'CPU s':>7s} {'fixed':>7s} {'sources':>7s} {'clips':>6s} {'footage':>8s}")
         print(
@@ -180,3 +171,24 @@ if __name__ == "__main__":
     print(
         f"ratio theirs to ours: {theirs.cpu / whole.cpu:.2f}; less the fixed parts {(theirs.cpu - nothing.cpu) / mine:.2f}"
     )
+    return (theirs.cpu - nothing.cpu) / mine
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--python", required=True, help="of the environment that holds video2dataset")
+    parser.add_argument(
+        "--ffmpeg",
+        default=shutil.which("ffmpeg"),
+        help="what video2dataset calls: on PATH, else that of imageio-ffmpeg",
+    )
+    parser.add_argument("--as-released", action="store_true")
+    parser.add_argument("--turns", type=int, default=1)
+    figures.add_option(parser)
+    arguments = parser.parse_args()
+    binary = str(Path(arguments.ffmpeg or imageio_ffmpeg.get_ffmpeg_exe()).absolute())
+    found = sorted(p for p in arguments.folder.absolute().iterdir() if p.is_file())
+    taken = [p for p in found if p.suffix in SUFFIXES]
+    chosen = (arguments.python, binary, not arguments.as_released)
+    figures.write(arguments.figures, {"ratio": [turn(found, taken, *chosen) for _ in range(arguments.turns)]})

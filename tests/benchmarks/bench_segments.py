@@ -1,6 +1,6 @@
 """Memory and time of a segment, however much came before it: a long video by a tiny random model with a memory.
 
-    python tests/benchmarks/bench_segments.py [--minutes 10] [--memory encoder] [--size 64]
+    python tests/benchmarks/bench_segments.py [--minutes 10] [--memory encoder] [--size 64] [--turns 1]
 
 Every segment is sampled with few Euler steps, decoded, scaled down, encoded again and taken into the memory of 20 s.
 The targets: from the time that the memory is full until the end the resident memory grows by at most 5 %, and a segment
@@ -10,9 +10,11 @@ on a CPU the process's own time is taken: others at work make a segment slower, 
 
 import argparse
 import resource
+import statistics
 import tempfile
 import time
 
+import figures
 import numpy as np
 import psutil
 import torch
@@ -43,6 +45,7 @@ if __name__ == "__main__":
     parser.add_argument("--rates", nargs="+", default=["2x2x2"])
     parser.add_argument("--size", type=int, default=64, help="pixels a side")
     parser.add_argument("--euler", type=int, default=2, help="steps of a segment")
+    figures.add_option(parser, turns=1)
     arguments = parser.parse_args()
     torch.manual_seed(0)
     at = device()
@@ -60,18 +63,22 @@ if __name__ == "__main__":
     print(
         f"{arguments.minutes:g} min, {steps} steps in {count} segments of {STEPS}; {config.tokens((config.history, side, side))} tokens of memory"
     )
-    resident, taken = [], []
-    with tempfile.TemporaryDirectory() as folder:
-        begun = clock()
-        for _ in generate(model, vae, steps, [0], settings=Settings(steps=arguments.euler), folder=folder):
-            resident.append(process.memory_info().rss / 1e6)
-            now = clock()
-            taken.append(now - begun)
-            begun = now
+    found: dict[str, list[float]] = {"grown": [], "slower": []}
     full = -(-config.history // STEPS) + 1  # segments until the memory is full, and one more
-    grown = max(resident[full:]) / resident[full] - 1
-    first, last = (np.quantile(part, 0.1) for part in (taken[full : full + count // 3], taken[-count // 3 :]))
-    slower = float(last / first)
+    for _ in range(arguments.turns):
+        resident, taken = [], []
+        with tempfile.TemporaryDirectory() as folder:
+            begun = clock()
+            for _ in generate(model, vae, steps, [0], settings=Settings(steps=arguments.euler), folder=folder):
+                resident.append(process.memory_info().rss / 1e6)
+                now = clock()
+                taken.append(now - begun)
+                begun = now
+        first, last = (np.quantile(part, 0.1) for part in (taken[full : full + count // 3], taken[-count // 3 :]))
+        found["grown"].append(max(resident[full:]) / resident[full])
+        found["slower"].append(float(last / first))
+    figures.write(arguments.figures, found)
+    grown, slower = statistics.median(found["grown"]) - 1, statistics.median(found["slower"])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
     marks = np.linspace(full, count - 1, 6).round().astype(int)
     for n in marks:

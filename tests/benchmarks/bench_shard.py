@@ -1,9 +1,10 @@
 """CPU seconds of sharding against one-thread ffmpeg decoding, scaling and encoding the same files, in one run.
 
-    python tests/benchmarks/bench_shard.py FOLDER [--ffmpeg PATH]
+    python tests/benchmarks/bench_shard.py FOLDER [--ffmpeg PATH] [--turns 3] [--figures FILE]
 
-Both scale to a short side of 128 and encode H.264 (veryfast, crf 23, a keyframe every 12 frames). Ours also cuts,
-scores, hashes and writes frame differences; ffmpeg keeps every frame, ours those of `--fps`. Three measurements:
+Both scale to a short side of 128 and encode H.264 (veryfast, crf 23, a keyframe every 12 frames), and the sound as Opus
+(96 kbit/s, stereo). Ours also cuts, scores, hashes and writes frame differences; ffmpeg keeps every frame, ours those of
+`--fps`. Three measurements, in turns:
 
 cutting: one decoder process (`isolate.Worker`) over all files, by getrusage.
 stage: `shard.run` with Ray in a process of its own. Ray reaps its workers without counting them, so every process that
@@ -16,7 +17,8 @@ busy: the share of all cores that the stage used from the first decoder's start 
 Where cores share their parts, work on all of them costs more CPU seconds than on one: ffmpeg is measured both ways.
 
 There are at most `--groups-per-core` groups a core (and one more for the other split), of equally many sources.
-The target is a ratio of at most 1.25 and 90 % busy.
+Figures of each turn: `cpu` (the stage less its fixed part, against ffmpeg), `cutting` (one decoder, against ffmpeg),
+`busy`, `fixed_wall` and `fixed_cpu` in seconds.
 """
 
 import argparse
@@ -24,6 +26,7 @@ import math
 import os
 import resource
 import secrets
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -34,10 +37,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+import figures
+import imageio_ffmpeg
 import psutil
 
 from longtake.datasets import index
-from longtake.pipeline.config import ClipConfig, CutConfig, LimitsConfig
+from longtake.pipeline.config import AudioConfig, ClipConfig, CutConfig, LimitsConfig
 from longtake.pipeline.isolate import Worker
 from longtake.pipeline.stages import shard
 
@@ -67,7 +72,7 @@ def children() -> float:
 
 def cutting(videos: list[Path], clip: ClipConfig) -> tuple[float, int, int]:
     """CPU seconds, source frames, clips."""
-    cut = CutConfig(clip=clip, limits=LimitsConfig(timeout_seconds=600))
+    cut = CutConfig(clip=clip, audio=AudioConfig(), limits=LimitsConfig(timeout_seconds=600))
     before, frames, clips = children(), 0, 0
     worker = Worker()
     for n, video in enumerate(videos):
@@ -75,6 +80,8 @@ def cutting(videos: list[Path], clip: ClipConfig) -> tuple[float, int, int]:
             result = worker.run(str(video), f"{n:020x}", folder, cut, {})
             frames += result["account"].get("frames_decoded", 0)
             clips += len(result["clips"])
+            if result["clips"]:
+                worker.keep_sound(str(video), result["clips"], folder, cut, clocks=result["clocks"])
     worker.close()
     return children() - before, frames, clips
 
@@ -83,11 +90,12 @@ def ffmpeg(binary: str, videos: list[Path], at_once: int = 1) -> float:
     before = children()
     one = ["-threads", "1"]
     scale = ["-filter_threads", "1", "-vf", "scale='if(gt(iw,ih),-2,128)':'if(gt(iw,ih),128,-2)'"]
-    encode = ["-an", "-c:v", "libx264", "-preset", "veryfast", "-crf", "23", "-g", "12", "-pix_fmt", "yuv420p"]
+    sound = ["-c:a", "libopus", "-b:a", "96k", "-ar", "48000", "-ac", "2"]
+    encode = [*sound, "-c:v", "libx264", "-preset", "veryfast", "-crf", "23", "-g", "12", "-pix_fmt", "yuv420p"]
 
     def convert(video: Path) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            command = [binary, "-v", "error", *one, "-i", str(video), *scale, *encode, *one, f"{folder}/x.mp4"]
+            command = [binary, "-v", "error", *one, "-i", str(video), *scale, *encode, *one, f"{folder}/x.mkv"]
             done = subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
             if done.returncode:
                 print(f"ffmpeg failed on {video.name}: {done.stderr.strip()[-200:]}")
@@ -148,17 +156,9 @@ def _role(one: psutil.Process, mark: str, driver: int) -> str | None:
     return "Ray workers" if "default_worker.py" in command.partition("--")[0] else "Ray itself"
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--fps", type=float, default=24)
-    parser.add_argument("--ffmpeg", default="ffmpeg")
-    parser.add_argument("--groups-per-core", type=int, default=8)
-    arguments = parser.parse_args()
-    found = sorted(p for p in arguments.folder.absolute().iterdir() if p.is_file())
-    clip = ClipConfig(short_side=128, fps=arguments.fps, crf=23)
+def turn(found: list[Path], clip: ClipConfig, group_sources: int, binary: str) -> dict[str, float]:
+    """Measure all once, print it, and give the figures."""
     cores = len(os.sched_getaffinity(0))
-    group_sources = math.ceil(len(found) / (arguments.groups_per_core * cores))
     with tempfile.TemporaryDirectory() as folder:
         junk = Path(folder, "junk")
         junk.mkdir()
@@ -167,8 +167,8 @@ if __name__ == "__main__":
         whole = stage(map(str, found), clip, group_sources, f"{folder}/whole")
         totals = index.summary(f"{folder}/whole")
         fixed = stage([f"{junk}/*"], clip, group_sources, f"{folder}/fixed")
-    reference = ffmpeg(arguments.ffmpeg, found)
-    crowded = ffmpeg(arguments.ffmpeg, found, cores)
+    reference = ffmpeg(binary, found)
+    crowded = ffmpeg(binary, found, cores)
     cut, frames, clips = cutting(found, clip)
     assert clips == totals["clips"], "the stage and the worker cut alike"
     print(
@@ -189,3 +189,31 @@ if __name__ == "__main__":
     print(
         f"busy for the {whole.busy_wall:.1f} s of decoding: {whole.busy:.0%} of {cores} cores, with other work {whole.machine_busy:.0%}"
     )
+    return {
+        "cpu": (whole.cpu - fixed.cpu) / reference,
+        "cutting": cut / reference,
+        "busy": whole.busy,
+        "fixed_wall": fixed.wall,
+        "fixed_cpu": fixed.cpu,
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--fps", type=float, default=24)
+    parser.add_argument("--ffmpeg", default=shutil.which("ffmpeg"), help="on PATH, else that of imageio-ffmpeg")
+    parser.add_argument("--groups-per-core", type=int, default=8)
+    parser.add_argument("--turns", type=int, default=1)
+    figures.add_option(parser)
+    arguments = parser.parse_args()
+    ffmpeg_binary = arguments.ffmpeg or imageio_ffmpeg.get_ffmpeg_exe()
+    found = sorted(p for p in arguments.folder.absolute().iterdir() if p.is_file())
+    clip = ClipConfig(short_side=128, fps=arguments.fps, crf=23)
+    cores = len(os.sched_getaffinity(0))
+    group_sources = math.ceil(len(found) / (arguments.groups_per_core * cores))
+    values: dict[str, list[float]] = {}
+    for _ in range(arguments.turns):
+        for name, value in turn(found, clip, group_sources, ffmpeg_binary).items():
+            values.setdefault(name, []).append(value)
+    figures.write(arguments.figures, values)

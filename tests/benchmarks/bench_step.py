@@ -1,6 +1,7 @@
 """A step of the training loop against a bare PyTorch loop: the same model, batch and optimizer, in turns, in one run.
 
-    python tests/benchmarks/bench_step.py                       # one process, ZeRO-0: the ratio that counts
+    python tests/benchmarks/bench_step.py --zero 0              # one process, ZeRO-0: the ratio that counts
+    python tests/benchmarks/bench_step.py --turns 3             # one process, ZeRO 0 to 3, three times each
     python tests/benchmarks/bench_step.py --processes 2         # ZeRO 0 to 3 against DistributedDataParallel
 
 Prints medians over the steps. The loop's step holds all that it does beside training: averages, metrics, guards, logging.
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import figures
 import torch
 
 from longtake.training import engines
@@ -112,26 +114,27 @@ def main() -> None:
     parser.add_argument("--preset", default="pv_vae_tiny", help="Of PV-VAE.")
     parser.add_argument("--batch", type=int, default=8, help="Clips of 9 frames in a step, over all processes.")
     parser.add_argument("--size", type=int, default=64, help="Pixels a side.")
-    parser.add_argument("--zero", type=int, help="Only this stage; without launching anything.")
+    parser.add_argument("--zero", type=int, help="Only this stage, once; without launching anything.")
+    parser.add_argument("--turns", type=int, default=1, help="Measurements of each stage, one stage after the other.")
+    figures.add_option(parser)
     options = parser.parse_args()
-    if options.zero is not None or options.processes == 1:
-        found = measure(options.steps, options.zero or 0, options.preset, options.batch, options.size)
+    if options.zero is not None:
+        found = measure(options.steps, options.zero, options.preset, options.batch, options.size)
         if os.environ.get("RANK", "0") == "0":
             print(json.dumps(found), flush=True)
         return
-    for stage in range(4):
-        command = [
-            sys.executable,
-            "-P",
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={options.processes}",
-        ]
+    several = ["-P", "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.processes}"]
+    ratios: dict[str, list[float]] = {}
+    for stage in [*range(4)] * options.turns:
+        command = [sys.executable, *(several if options.processes > 1 else [])]
         command += [__file__, "--zero", str(stage), "--steps", str(options.steps), "--preset", options.preset]
         command += ["--batch", str(options.batch), "--size", str(options.size)]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        print(done.stdout.strip().splitlines()[-1], flush=True)
+        line = done.stdout.strip().splitlines()[-1]
+        print(line, flush=True)
+        for clock in ("wall", "cpu"):
+            ratios.setdefault(f"{clock}-zero{stage}", []).append(json.loads(line)[f"{clock}_ratio"])
+    figures.write(options.figures, ratios)
 
 
 if __name__ == "__main__":

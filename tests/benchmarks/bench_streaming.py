@@ -1,12 +1,12 @@
 """Peak memory of PV-VAE on long videos and on large frames: streamed against one pass, tiled against whole.
 
-    python tests/benchmarks/bench_streaming.py [--preset pv_vae_tiny] [--seconds 10 120] [--size 96] [--large 1088 1920]
+    python tests/benchmarks/bench_streaming.py [--preset pv_vae_tiny] [--seconds 10 120] [--size 96] [--large 1088 1920] [--turns 1]
 
 Each line is a process of its own with one thread and random weights, and its peak above what was resident with the
 model loaded, after a step on a tiny clip. glibc gives blocks of 1 MB back at once, so that its heap's gaps do not count
 (with them, peaks wander by a third until they settle). Streaming: video of 24 frames a second comes in chunks of 16 frames, is
 encoded, decoded and dropped; the target is the same peak for the long as for the short video. Tiling: 5 frames of the
-large size are encoded and decoded in one pass, as a whole and in tiles of `--tile` pixels.
+large size are encoded and decoded in one pass, as a whole and in tiles of `--tile` pixels. `--figures` wants the first alone.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import figures
 import torch
 
 from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
@@ -75,12 +76,19 @@ if __name__ == "__main__":
     parser.add_argument("--large", type=int, nargs=2, default=[1088, 1920])
     parser.add_argument("--tile", type=int, default=512)
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
+    figures.add_option(parser, turns=1)
     given = parser.parse_args()
     if given.job:
         print(json.dumps(measure(**given.job)))
         sys.exit()
     size = {"preset": given.preset, "height": given.size, "width": given.size, "tile": None}
-    short, long = (run(f"{s} s streamed", frames=s * FPS + 1, stream=True, **size) for s in given.seconds)
+    flat: list[float] = []
+    for _ in range(given.turns):
+        short, long = (run(f"{s} s streamed", frames=s * FPS + 1, stream=True, **size) for s in given.seconds)
+        flat.append(long / short)
+    figures.write(given.figures, {"flat": flat})
+    if given.figures:
+        sys.exit()
     whole = run(f"{given.seconds[0]} s in one pass", frames=given.seconds[0] * FPS + 1, stream=False, **size)
     print(f"{'long / short, streamed':>32}: {long / short:.2f}; one pass / streamed, short: {whole / short:.1f}")
     large = {"preset": given.preset, "height": given.large[0], "width": given.large[1], "frames": LARGE_FRAMES}

@@ -1,10 +1,10 @@
 """How fast a TATS draws tokens, and its VQGAN trains: each beside something known, in turns, in one run.
 
-    python tests/benchmarks/bench_tats.py [--only NAME] [--rounds 5] [--threads 1]
+    python tests/benchmarks/bench_tats.py [--only NAME…] [--turns 5] [--threads 1]
 
 cache      1,024 tokens with the cache of keys and values, beside reading all of them anew for each: target 10 times as fast
 hierarchy  a video of 257 latent frames, the paper's 1,024 frames, by anchors and gaps, beside drawing all one after the other:
-           3 times; and by models of one GPU's size (`hierarchy_small`, one round of some 6 minutes), whose weights are read
+           3 times; and by models of one GPU's size (`hierarchy_small`, one turn of some 6 minutes), whose weights are read
            once for all gaps
 peer       tokens a second beside a GPT-2 of `transformers` of equal depth, width and heads that generates with its cache, by
            the same top-k and top-p: 1.0 times
@@ -13,7 +13,7 @@ step       a step of the VQGAN's training in the loop, beside a plain PyTorch lo
 codebook   a training step of 4,096 codes beside that of vector-quantize-pytorch with its k-means, which must be installed
            (`pip install vector-quantize-pytorch`); asked for by name alone
 
-A line of JSON each: medians over the rounds of CPU seconds, and the median of the rounds' ratios. With more `--threads`
+A line of JSON each: medians over the turns of CPU seconds, and the median of the turns' ratios. With more `--threads`
 than one they are seconds of the clock: nothing else may run beside it then.
 """
 
@@ -27,6 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import figures
 import torch
 import torch.nn.functional as F
 
@@ -46,6 +47,7 @@ from longtake.training.objective import Objective
 WARM_UP = 5  # steps
 SETTINGS = Settings(top_k=256, top_p=0.8)
 CODES = 1024
+RATIOS = "ratios"  # those of each turn, for `--figures`
 
 
 def model(shape: tuple[int, int, int], mode: Any = "base", preset: Any = "tats_tiny") -> TATS:
@@ -60,15 +62,16 @@ def clocked(work: Callable[[], Any]) -> float:
     return now() - start
 
 
-def compared(ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int, warm_up: int = 1) -> dict[str, float]:
+def compared(ours: Callable[[], Any], theirs: Callable[[], Any], turns: int, warm_up: int = 1) -> dict[str, Any]:
     """Seconds of both, in turns, and by how much ours is faster."""
-    taken = [(clocked(ours), clocked(theirs)) for _ in range(warm_up + rounds)][warm_up:]
+    taken = [(clocked(ours), clocked(theirs)) for _ in range(warm_up + turns)][warm_up:]
     first, second = (statistics.median(column) for column in zip(*taken, strict=True))
-    ratio = statistics.median(b / a for a, b in taken)
-    return {"seconds": first, "seconds_other": second, "times_as_fast": ratio, "rounds": rounds}
+    ratios = [b / a for a, b in taken]
+    found = {"seconds": first, "seconds_other": second, "times_as_fast": statistics.median(ratios), "turns": turns}
+    return found | {RATIOS: ratios}
 
 
-def cache(rounds: int) -> dict[str, float]:
+def cache(turns: int) -> dict[str, Any]:
     tats, count = model((4, 16, 16)), 1024
     uniforms, nothing = torch.rand(1, count), torch.zeros(1, 0, dtype=torch.long)
 
@@ -83,14 +86,14 @@ def cache(rounds: int) -> dict[str, float]:
     return compared(lambda: continued(tats, nothing, uniforms, SETTINGS), uncached, 1, warm_up=0)
 
 
-def hierarchy(rounds: int, preset: str = "tats_tiny", latents: int = 257) -> dict[str, float]:
+def hierarchy(turns: int, preset: str = "tats_tiny", latents: int = 257) -> dict[str, Any]:
     base, anchors = model((4, 8, 8), preset=preset), model((16, 8, 8), "anchors", preset)
     gaps = model((5, 8, 8), "interpolate", preset)
     plain, hierarchical = Rollout(base, [0], SETTINGS), Rollout(gaps, [0], SETTINGS, anchors)
-    return compared(lambda: list(hierarchical.tokens(latents)), lambda: list(plain.tokens(latents)), rounds, warm_up=0)
+    return compared(lambda: list(hierarchical.tokens(latents)), lambda: list(plain.tokens(latents)), turns, warm_up=0)
 
 
-def peer(rounds: int) -> dict[str, float]:
+def peer(turns: int) -> dict[str, Any]:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     tats, count = model((4, 8, 8)), 256
@@ -105,7 +108,7 @@ def peer(rounds: int) -> dict[str, float]:
         start = torch.zeros(1, 1, dtype=torch.long)
         gpt2.generate(start, max_new_tokens=count, min_new_tokens=count, **drawing)
 
-    found = compared(lambda: continued(tats, nothing, uniforms, SETTINGS), theirs, rounds)
+    found = compared(lambda: continued(tats, nothing, uniforms, SETTINGS), theirs, turns)
     rates = {"tokens_a_second": count / found["seconds"], "tokens_a_second_other": count / found["seconds_other"]}
     return found | rates
 
@@ -162,29 +165,30 @@ def judges_of(config: pretrain.Config) -> Discriminators:
     return Discriminators(patchgan.config_from_preset(**config.discriminator))
 
 
-def step(rounds: int, lambda_gan: float = 0.0) -> dict[str, float]:
-    """A round is ten steps."""
-    steps = WARM_UP + 10 * rounds
+def step(turns: int, lambda_gan: float = 0.0) -> dict[str, Any]:
+    """A turn is ten steps."""
+    steps = WARM_UP + 10 * turns
     config = pretrain.Config(
         kind="pretrain_vqgan", dataset="none", model={"preset": "vqgan_tiny"}, size=(64, 64), batch=4, steps=steps,
         warm_steps=0, lambda_gan=lambda_gan, gan_start=0, discriminator={"preset": "patchgan_tiny"}, lr=1e-4,
         run={"checkpoint_every": steps, "sample_every": 0, "heldout_every": 0},
     )  # fmt: skip
     video = torch.randint(256, (config.batch, 3, config.frames, *config.size), dtype=torch.uint8)
-    turns = Turns(config, video)
+    steps_taken = Turns(config, video)
     torch.manual_seed(0)
     modules: dict[str, torch.nn.Module] = {"generator": VQGAN(config.vae())}
     modules |= {"discriminator": judges_of(config)} if lambda_gan else {}
     objective = Objective(modules, partial(pretrain._loss, config, None), lead="generator")
     with engines.process_group(), tempfile.TemporaryDirectory() as folder:
-        stream: Any = turns
+        stream: Any = steps_taken
         train(objective, stream, config, Path(folder))
-    ours, plain = turns.ours[WARM_UP:], turns.plain[WARM_UP:]
-    ratio = statistics.median(a / b for a, b in zip(ours, plain, strict=False))
-    return {"seconds": statistics.median(ours), "seconds_plain": statistics.median(plain), "times_as_long": ratio}
+    ours, plain = steps_taken.ours[WARM_UP:], steps_taken.plain[WARM_UP:]
+    ratios = [a / b for a, b in zip(ours, plain, strict=False)]
+    seconds = {"seconds": statistics.median(ours), "seconds_plain": statistics.median(plain)}
+    return seconds | {"times_as_long": statistics.median(ratios), RATIOS: figures.parts(ratios, turns)}
 
 
-def codebook(rounds: int) -> dict[str, Any]:
+def codebook(turns: int) -> dict[str, Any]:
     from vector_quantize_pytorch import VectorQuantize
 
     from longtake.training.models.tats.codebook import Codebook
@@ -199,10 +203,10 @@ def codebook(rounds: int) -> dict[str, Any]:
 
     ours = Codebook(codes, width, decay=0.99, restart=0.0)
     theirs = VectorQuantize(dim=width, codebook_size=codes, decay=0.99, kmeans_init=True)
-    batches = [latents() for _ in range(2 + rounds)]
+    batches = [latents() for _ in range(2 + turns)]
     mine, other = iter(batches), iter(batches)
     found: dict[str, Any] = compared(
-        lambda: ours(next(mine)), lambda: theirs(next(other).movedim(1, -1).flatten(1, 3)), rounds
+        lambda: ours(next(mine)), lambda: theirs(next(other).movedim(1, -1).flatten(1, 3)), turns
     )
     z = batches[-1]
     made = {
@@ -213,20 +217,24 @@ def codebook(rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    def small(_: int) -> dict[str, float]:
+    def small(_: int) -> dict[str, Any]:
         return hierarchy(1, "tats_small")
 
     works = {"cache": cache, "hierarchy": hierarchy, "hierarchy_small": small, "peer": peer, "step": step}
     works["codebook"] = codebook
     works["step_gan"] = partial(step, lambda_gan=1.0)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=works)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="+", choices=works)
     parser.add_argument("--threads", type=int, default=1)
+    figures.add_option(parser, turns=5)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    for name in [options.only] if options.only else [name for name in works if name != "codebook"]:
-        print(json.dumps({"what": name} | works[name](options.rounds)), flush=True)
+    ratios = {}
+    for name in options.only or [name for name in works if name != "codebook"]:
+        found = works[name](options.turns)
+        ratios[name] = found.pop(RATIOS)
+        print(json.dumps({"what": name} | found), flush=True)
+    figures.write(options.figures, ratios)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Planning the token states of a million captions, and reading states through the loader.
 
-    python tests/benchmarks/bench_text.py [--clips 1000000] [--shard 1000] [--tokens 512] [--width 4096] [--rounds 5]
+    python tests/benchmarks/bench_text.py [--clips 1000000] [--shard 1000] [--tokens 512] [--width 4096] [--turns 5]
 
 `plan`: a synthetic dataset of indexes and a column of captions, of which a tenth is shared by many clips. What is measured
     is what the driver of `cache_text` does before any text is encoded: find the shards to make, count the captions of all
@@ -21,6 +21,7 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
+import figures
 import numpy as np
 import pyarrow as pa
 import torch
@@ -109,7 +110,7 @@ def clocked(work: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def loading(root: str, tokens: int, width: int, rounds: int) -> dict[str, float]:
+def loading(root: str, tokens: int, width: int, turns: int) -> dict[str, float]:
     loader = Loader(root, columns=(TEXT,), frames=1, size=(64, 64), batch=BATCH, shuffle=False, epochs=1)
     places = []
     for shard in index.read_shards(root, "train", TEXT):
@@ -140,7 +141,7 @@ def loading(root: str, tokens: int, width: int, rounds: int) -> dict[str, float]
     for work in works.values():
         work()
     taken: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(rounds):
+    for _ in range(turns):
         for name, work in works.items():
             taken[name].append(clocked(work))
     size = len(places) * tokens * width * 2
@@ -156,8 +157,8 @@ if __name__ == "__main__":
     parser.add_argument("--shard", type=int, default=1000, help="clips in a shard")
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--width", type=int, default=4096)
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", choices=("plan", "load"))
+    figures.add_option(parser, turns=5)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     result: dict[str, Any] = {}
@@ -167,8 +168,10 @@ if __name__ == "__main__":
             make_base(root, arguments.clips // arguments.shard, arguments.shard)
             make_captions(root, arguments.clips // arguments.shard, arguments.shard)
             print("plan:")
-            result["plan"] = planned(root, f"{folder}/out")
+            plans = [planned(root, f"{folder}/out-{turn}") for turn in range(arguments.turns)]
+            result["plan"] = {part: statistics.median(plan[part] for plan in plans) for part in plans[0]}
             print(f"  {result['plan']}")
+            figures.write(arguments.figures, {"plan": [plan["all"] for plan in plans]})
             make_texts(root, 0, 8)
             print("again:")
             result["again"] = planned(root, f"{folder}/out")
@@ -179,5 +182,5 @@ if __name__ == "__main__":
             make_captions(root, 2, 40)
             make_texts(root, arguments.tokens, arguments.width)
             print(f"load: {arguments.tokens} tokens of {arguments.width} values, batches of {BATCH}")
-            result["load"] = loading(root, arguments.tokens, arguments.width, arguments.rounds)
+            result["load"] = loading(root, arguments.tokens, arguments.width, arguments.turns)
         print(json.dumps(result))

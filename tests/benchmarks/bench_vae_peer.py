@@ -1,8 +1,8 @@
 """A training step of PV-VAE beside diffusers' AutoencoderKLWan at equal widths: CPU seconds and peak memory.
 
-    python3.11 -m venv ENV
-    ENV/bin/pip install torch==2.13.0 diffusers
-    python tests/benchmarks/bench_vae_peer.py --peer-python ENV/bin/python [--width 16] [--frames 17] [--size 128]
+    python tests/benchmarks/bench_vae_peer.py [--width 16] [--frames 17] [--size 128] [--turns 3]
+
+`--peer-python` names the Python of another environment with diffusers.
 
 Both have random weights, patches of 2x2 pixels, multipliers 1, 2, 4, 4, two res blocks a stage in the encoder and three
 in the decoder, 64 latent channels, time halved first, single-head attention in the middle, and the same clip and loss
@@ -12,7 +12,7 @@ pieces of four frames also in training, and has no padding token.
 
 Each measurement is a process of its own, in turns, with one thread. Seconds are CPU time (the machine may be busy), the median of a process's steps after
 the first; memory is the first step's peak above what was resident before it, after a step on a tiny clip has loaded
-all kernels. Printed are medians over the repeats. The targets are 0.8 times the peer's seconds and memory.
+all kernels. Printed are medians over the turns. The targets are 0.8 times the peer's seconds and memory.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import sys
 import time
 from typing import Any
 
+import figures
 import torch
 
 MULTIPLIERS, LATENT, PATCH, BLOCKS = (1, 2, 4, 4), 64, 2, 2
@@ -102,13 +103,14 @@ def measure(side: str, width: int, batch: int, frames: int, size: int, steps: in
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer-python", required=True, help="the python of an environment with diffusers")
+    parser.add_argument("--peer-python", default=sys.executable, help="the python of an environment with diffusers")
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--frames", type=int, default=17)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=3)
+    figures.add_option(parser)
     parser.add_argument("--side", choices=["ours", "peer"], help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.side:
@@ -116,7 +118,7 @@ if __name__ == "__main__":
         sys.exit()
     results: dict[str, list[dict[str, float]]] = {"ours": [], "peer": []}
     pythons = {"ours": sys.executable, "peer": given.peer_python}
-    for _ in range(given.repeats):
+    for _ in range(given.turns):
         for side, python in pythons.items():
             command = [python, __file__, *sys.argv[1:], "--side", side]
             done = subprocess.run(
@@ -126,8 +128,11 @@ if __name__ == "__main__":
                 sys.exit(f"{side} failed:\n{done.stderr}")
             results[side].append(json.loads(done.stdout.splitlines()[-1]))
     print(
-        f"{given.batch}x3x{given.frames}x{given.size}x{given.size}, width {given.width}, medians of {given.repeats}, in turns"
+        f"{given.batch}x3x{given.frames}x{given.size}x{given.size}, width {given.width}, medians of {given.turns}, in turns"
     )
+    ratios = dict[str, list[float]]()
     for name in ("seconds", "MB", "parameters, M"):
         mine, theirs = (statistics.median(r[name] for r in results[side]) for side in ("ours", "peer"))
+        ratios[name] = [m[name] / t[name] for m, t in zip(results["ours"], results["peer"], strict=True)]
         print(f"{name:>14}: ours {mine:8.2f}   AutoencoderKLWan {theirs:8.2f}   ratio {mine / theirs:.2f}")
+    figures.write(given.figures, {"seconds": ratios["seconds"], "memory": ratios["MB"]})

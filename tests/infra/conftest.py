@@ -38,10 +38,15 @@ def with_store(fresh_store: Path) -> Callable[[Path], None]:
 
 @pytest.fixture
 def own_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Variables of `runs.connect` and stages end with the test."""
+    """Variables of `runs.connect` and stages, and the store that MLflow remembers, end with the test."""
+    import mlflow
+
+    # an earlier test's, which would come before what this one's environment says
+    mlflow.set_tracking_uri(None)
     names = ("TRACKING_URI", "EXPERIMENT_NAME", "RUN_ID", "HTTP_REQUEST_TIMEOUT")
     for name in (*(f"MLFLOW_{n}" for n in names), "LONGTAKE_RECIPE", "RAY_ADDRESS"):
         # a value first, so that whatever the test leaves there is taken back
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     yield
+    mlflow.set_tracking_uri(None)

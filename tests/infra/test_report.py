@@ -456,3 +456,19 @@ def test_a_browser_shows_it_all(page, tmp_path):
         assert shot.std() > 10
     finally:
         driver.quit()
+
+
+def test_the_share_of_time_that_is_not_computing_is_shown_and_weighed_by_time(tmp_path):
+    history = {"loss": [(10, 1.0), (20, 0.5)], "seconds_elapsed": [(10, 30.0), (20, 10.0)]}
+    history |= {
+        "share/compute": [(10, 0.9), (20, 0.5)],
+        "share/data": [(10, 0.1), (20, 0.1)],
+        "share/sample": [(20, 0.4)],
+    }
+    stage = StageRun("vae", "pretrain_vae", "FINISHED", False, 1.0, "1", "", {}, history, {}, None)
+    page = build(tmp_path, "r", [stage], None, None, "")
+    text = spaced(page)
+    # 27 + 5 of 40 seconds
+    assert "20.0 % of the time was not computing: 10.0 % waiting for data , 10.0 % sample videos ." in text
+    assert "share/" not in text.split("Final metrics")[0]
+    assert not list((tmp_path / "pictures").glob("*share*"))

@@ -53,6 +53,39 @@ def runs_again(store: Runs, node: Node, capsys: pytest.CaptureFixture[str]) -> s
     return said
 
 
+def test_a_look_into_a_store_knows_the_tables_of_this_mlflow(fresh_store: Path) -> None:
+    with sqlite3.connect(fresh_store) as db:
+        # where another version of MLflow has changed them: check what `sqlite_store` reads, then note that version
+        assert db.execute("SELECT version_num FROM alembic_version").fetchall() == [(sqlite_store.SCHEMA,)]
+
+
+def test_a_run_with_nothing_to_do_starts_no_engine_and_no_client(
+    tmp_path: Path, with_store: Callable[[Path], None]
+) -> None:
+    with_store(tmp_path / "ws")
+    opened(tmp_path, tmp_path / "ws")
+    pinned = graph.pin(recipe.load(str(tmp_path / "r.yaml")))
+    store, nodes = runs.connect(pinned), graph.build(pinned)
+    location = Path(store.client.get_run(trained(store, nodes[0])).info.artifact_uri)
+    assert (location / "model").is_dir()
+    parent = store.open_parent(pinned, graph.whole_fingerprint(nodes))
+    store.finish(parent, {"uri": "report.html"})
+    (tmp_path / "ws" / "report.html").write_text("")
+    script = (
+        "import sys; from longtake.infra.cli import cli; cli(['run', sys.argv[1]], standalone_mode=False)\n"
+        "heavy = {'mlflow', 'sqlalchemy', 'deepspeed', 'ray', 'pandas', 'torch._dynamo'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    command = [sys.executable, "-P", "-c", script, str(tmp_path / "r.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "vae: reused" in done.stdout and "models:/pv-vae/1" in done.stdout
+
+    # a version whose files are gone is made again
+    shutil.rmtree(location / "model")
+    assert store.loss("models:/pv-vae/1") == f"the files of models:/pv-vae/1 are gone from {location}/model"
+
+
 def test_what_was_deleted_of_a_finished_training_is_said_and_made_again(
     tmp_path: Path, with_store: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
 ) -> None:

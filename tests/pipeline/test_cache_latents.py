@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import nn
 
-from longtake.datasets import clip, images, index, schema, storage, view
+from longtake.datasets import clip, encoding, images, index, schema, storage, view
 from longtake.datasets import latents as column
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.latents import read_latents
@@ -29,7 +29,7 @@ from longtake.datasets.shard import write_tar
 from longtake.datasets.stage import content
 from longtake.datasets.verify import verify
 from longtake.infra import graph, recipe
-from longtake.pipeline import latents, streams
+from longtake.pipeline import latents
 from longtake.pipeline.column import by_shard, missing
 from longtake.pipeline.stages import cache_latents
 from longtake.training import registry
@@ -57,15 +57,15 @@ def model() -> PVVAE:
     return vae()
 
 
-def settings(**changed: Any) -> streams.Settings:
+def settings(**changed: Any) -> encoding.Settings:
     usual = {"size": None, "precision": "fp32", "dtype": "float16", "tile": None, "overlap": 64, "batch": 3, "chunk": 2}
-    return streams.Settings(**usual | changed)
+    return encoding.Settings(**usual | changed)
 
 
-def cache(root: str, model: PVVAE, chosen: streams.Settings, kept: str | None = None) -> tuple[str, dict[str, int]]:
+def cache(root: str, model: PVVAE, chosen: encoding.Settings, kept: str | None = None) -> tuple[str, dict[str, int]]:
     """What the stage does, in this process and in turn. Returns the column's name, and what was counted."""
-    strides = streams.strides_of(model, "here")
-    name = streams.column_name(column.encoder_digest(model), chosen, kept or "")
+    strides = encoding.strides_of(model, "here")
+    name = encoding.column_name(column.encoder_digest(model), chosen, kept or "")
     totals: dict[str, int] = {}
     for split in schema.SPLITS:
         base, _ = index_of(root, split)
@@ -221,7 +221,7 @@ def test_no_frame_is_encoded_twice_and_memory_does_not_grow_with_the_clip(
 def test_tiles_and_reduced_precision_are_columns_of_their_own(model: PVVAE) -> None:
     digest = column.encoder_digest(model)
     names = {
-        streams.column_name(digest, settings(**changed), "")
+        encoding.column_name(digest, settings(**changed), "")
         for changed in (
             {},
             {"size": (32, 32)},
@@ -232,9 +232,9 @@ def test_tiles_and_reduced_precision_are_columns_of_their_own(model: PVVAE) -> N
         )
     }
     assert len(names) == 6
-    assert streams.column_name(digest, settings(), "") == streams.column_name(digest, settings(batch=7, chunk=9), "")
-    assert streams.column_name(digest, settings(), "") != streams.column_name(digest, settings(), "view")
-    assert streams.column_name(column.encoder_digest(vae(1)), settings(), "") not in names
+    assert encoding.column_name(digest, settings(), "") == encoding.column_name(digest, settings(batch=7, chunk=9), "")
+    assert encoding.column_name(digest, settings(), "") != encoding.column_name(digest, settings(), "view")
+    assert encoding.column_name(column.encoder_digest(vae(1)), settings(), "") not in names
 
 
 def means(video: np.ndarray, shrink: tuple[int, int]) -> np.ndarray:
@@ -300,10 +300,10 @@ def test_shrinking_takes_whole_positions_and_leaves_out_what_has_none(model: PVV
 
 
 def test_shrinking_makes_another_column_and_without_it_the_name_is_as_it_was() -> None:
-    assert streams.column_name("abc", settings(), "") == "latent-fcce1dd01c79c519"
+    assert encoding.column_name("abc", settings(), "") == "latent-fcce1dd01c79c519"
     chosen = settings(size=(32, 64), dtype="bfloat16", shrink=(1, 1))
-    assert streams.column_name("abc", chosen, "") == "latent-d83962b82316d454"
-    names = {streams.column_name("abc", settings(shrink=by), "") for by in ((1, 1), (2, 2), (1, 2), (2, 1))}
+    assert encoding.column_name("abc", chosen, "") == "latent-d83962b82316d454"
+    names = {encoding.column_name("abc", settings(shrink=by), "") for by in ((1, 1), (2, 2), (1, 2), (2, 1))}
     assert len(names) == 4
 
 
@@ -427,7 +427,7 @@ def test_shards_that_are_missing_or_of_other_clips_are_made_again(
     monkeypatch.setattr("longtake.pipeline.column.write_tar", partial(seen, write_tar))
     monkeypatch.setattr("longtake.pipeline.column.index.write_index", partial(seen, index.write_index))
     for job in jobs:
-        strides = streams.strides_of(model, "")
+        strides = encoding.strides_of(model, "")
         latents.make_latents(model, strides, root, "train", job.name, name, settings(), keeps[job.name])
     # the index of other clips stays while the new tar is made, and goes before it: a reader never sees both
     assert beside == [True, False, True, True]
@@ -523,16 +523,16 @@ def test_values_beyond_float16_are_refused_and_bfloat16_takes_them(root: str) ->
 
 def test_what_does_not_fit_the_encoder_is_one_line() -> None:
     with pytest.raises(UserError, match="encoder: here: is a Linear, which does not encode videos"):
-        streams.strides_of(nn.Linear(1, 1), "here")
+        encoding.strides_of(nn.Linear(1, 1), "here")
     with pytest.raises(UserError, match="size: 40x64 is not in multiples of 16, as the encoder needs; 32x64 is"):
-        streams.check(settings(size=(40, 64)), 16)
-    streams.check(settings(size=(64, 32), shrink=(4, 2)), 16)
+        encoding.check(settings(size=(40, 64)), 16)
+    encoding.check(settings(size=(64, 32), shrink=(4, 2)), 16)
     with pytest.raises(UserError, match="shrink: 4x3 leaves no whole position of size 64x32; lower it"):
-        streams.check(settings(size=(64, 32), shrink=(4, 3)), 16)
+        encoding.check(settings(size=(64, 32), shrink=(4, 3)), 16)
     with pytest.raises(ValueError, match="shrink: 4x1 leaves nothing of 63x16 pixels"):
         column.shrunk(torch.zeros(1, 3, 1, 63, 16), (4, 1), 16)
     with pytest.raises(UserError, match="tile: 40 with overlap 16"):
-        streams.check(settings(tile=40, overlap=16), 16)
+        encoding.check(settings(tile=40, overlap=16), 16)
 
 
 def test_a_recipe_leads_from_a_model_to_latents(tmp_path: Path) -> None:
@@ -674,7 +674,7 @@ def test_an_alias_is_taken_for_the_version_that_it_names_at_the_start(
         config("x"), {"dataset": root, "encoder": "models:/pv-vae@champion"}, str(tmp_path / "out")
     )
     assert read_latents(result["uri"]).encoder["uri"] == version == "models:/pv-vae/1"
-    assert read_latents(result["uri"]).column == streams.column_name(
+    assert read_latents(result["uri"]).column == encoding.column_name(
         column.encoder_digest(registry.load(folder)),
         settings(),
         "",  # type: ignore[arg-type]

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from longtake.datasets import compact, index, schema, storage, view
+from longtake.datasets import compact, encoding, index, schema, storage, view
 from longtake.datasets import latents as column
-from longtake.pipeline import latents, streams
+from longtake.pipeline import latents
 from longtake.pipeline.column import by_shard
 from longtake.training import checkpoint
+from longtake.training.live.record import resolved
 from longtake.training.loop import train
 from longtake.training.models.memory import shared
 from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
@@ -99,9 +100,9 @@ def encoded(
     folder: Path, dataset: str, model: PVVAE, uri: str, shrink: tuple[int, int] = (1, 1), join: float = 100.0
 ) -> str:
     """Latents as `cache_latents` makes them, without Ray."""
-    chosen = streams.Settings(None, "fp32", "float16", None, 64, 4, 2, shrink=shrink, join_seconds=join)
-    strides = streams.strides_of(model, "here")
-    name = streams.column_name(column.encoder_digest(model), chosen, "")
+    chosen = encoding.Settings(None, "fp32", "float16", None, 64, 4, 2, shrink=shrink, join_seconds=join)
+    strides = encoding.strides_of(model, "here")
+    name = encoding.column_name(column.encoder_digest(model), chosen, "")
     bases = {split: compact.open_split(dataset, split)[0] for split in schema.SPLITS}
     for split, base in bases.items():
         for shard, keep in by_shard(base, view.kept(base, None)[0]).items():
@@ -133,7 +134,7 @@ def encoded(
 def prepared(chosen: Any, given: dict[str, str], folder: Path, stage: Any = shared) -> Any:
     """What a stage works with, of inputs that are pinned in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    return stage.prepare(chosen, lineage.pinned(given, folder), folder)
+    return stage.prepare(chosen, resolved(chosen, lineage.pinned(given, folder), folder), folder)
 
 
 def turn(engine: Any, batch: dict[str, Any], rng: torch.Generator, step: int = 0) -> Turn:
@@ -147,6 +148,7 @@ from pathlib import Path
 import torch
 import STAGE as stage
 from longtake.training import checkpoint, engines
+from longtake.training.live.record import resolved
 from longtake.training.loop import train
 from latent_stages import prepared
 

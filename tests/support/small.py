@@ -126,7 +126,7 @@ def objective(
 
     def loss(turn: Turn) -> tuple[Tensor, dict[str, Tensor]]:
         nonlocal calls
-        x = turn.batch["x"] + noise * torch.randn(turn.batch["x"].shape, generator=turn.rng)
+        x = turn.batch["x"] + noise * torch.randn(turn.batch["x"].shape, generator=turn.rng, device=turn.rng.device)
         dtype = next(modules["generator"].parameters()).dtype
         if turn.name == "adversary":
             with torch.no_grad():

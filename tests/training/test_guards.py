@@ -18,7 +18,7 @@ import torch
 from flat import nested
 
 from longtake.datasets.errors import Failure, Interrupted
-from longtake.training import checkpoint
+from longtake.training import checkpoint, engines
 from longtake.training.guards import Spikes, stop_signal
 
 STAGES = pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
@@ -57,6 +57,33 @@ def test_what_is_not_finite_leaves_weights_and_averages_alone(
 
 
 @KINDS
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_a_fused_update_that_is_left_out_is_as_if_it_had_never_been(
+    tmp_path: Path, group: None, kind: str, clip: float
+) -> None:
+    settings = {"fused_optimizer": True, "gradient_clip": clip, "warmup_steps": 0, "schedule": "constant"}
+    log, found = small.Log(), list[Any]()
+    for steps, faults in ((2, {}), (3, {"fault": fault(kind, 3)})):
+        engines_of, caught = engines.engines_of, list[Any]()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engines, "engines_of", lambda *a, f=engines_of, c=caught: c.append(f(*a)) or c[0])
+            small.fit(
+                tmp_path / kind / str(steps),
+                small.objective(**faults),
+                log=log,
+                steps=steps,
+                skip_nonfinite=1,
+                **settings,
+            )
+        state = caught[0]["generator"].basic_optimizer.state.values()
+        found.append([value.clone() for each in state for _, value in sorted(each.items())])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True)) and found[0]
+    assert log.rows[-1][1]["updates_left_out"] == 1
+    weights = [small.weights(tmp_path / kind / str(steps)) for steps in (2, 3)]
+    assert small.same(*weights)
+
+
+@KINDS
 def test_too_many_updates_left_out_end_the_training(tmp_path: Path, group: None, kind: str) -> None:
     what = "gradient" if kind == "gradient" else "loss"
     with pytest.raises(Failure, match=rf"{what} of generator is not finite at step 5; the batch's keys are in"):
@@ -75,7 +102,7 @@ def test_the_good_pass_of_an_update_left_out_leaves_no_trace(tmp_path: Path, gro
     torch.manual_seed(0)
     module = small.module()
     optimizer = small.adamw(module)
-    from longtake.training.loop import pass_seed
+    from longtake.training.asides import pass_seed
 
     for step in (0, 2):
         optimizer.zero_grad()

@@ -25,8 +25,9 @@ from longtake.datasets.errors import Failure, Interrupted, UserError
 from longtake.datasets.loader import Loader, to_model
 from longtake.datasets.stage import content
 from longtake.training import checkpoint, engines
+from longtake.training.asides import pass_seed
 from longtake.training.config import TrainConfig
-from longtake.training.loop import learning_rate, pass_seed, train
+from longtake.training.loop import learning_rate, train
 from longtake.training.objective import Objective, Turn
 
 SETTINGS: dict[str, Any] = {

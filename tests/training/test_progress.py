@@ -45,6 +45,22 @@ def test_a_logged_step_says_what_it_took(tmp_path: Path, group: None) -> None:
         assert 0.05 < found["host_memory_gb"] < 64
 
 
+def test_the_shares_of_the_time_add_up_and_what_is_no_step_is_among_them(tmp_path: Path, group: None) -> None:
+    log = small.Log()
+    made = replace(small.objective(heldout=2), sample=lambda *_: {"one": np.zeros((1, 2, 2, 3), np.uint8)})
+    small.fit(tmp_path, made, log=log, steps=6, log_every=3, checkpoint_every=2, sample_every=1, heldout_every=1)
+    figures = [found for _, found in log.rows if "seconds_elapsed" in found]
+    assert len(figures) == 2
+    for found in figures:
+        parts = {name.removeprefix("share/"): value for name, value in found.items() if name.startswith("share/")}
+        assert {"compute", "data", "exchange", "checkpoint", "sample", "heldout", "log", "other"} == parts.keys()
+        assert sum(parts.values()) == pytest.approx(1) and all(value > 0 for value in parts.values())
+        computed = sum(found[f"seconds_{name}"] for name in ("forward", "backward", "update"))
+        assert parts["compute"] == pytest.approx(3 * computed / found["seconds_elapsed"])
+        assert parts["checkpoint"] == pytest.approx(3 * found["seconds_checkpoint"] / found["seconds_elapsed"])
+        assert found["seconds_elapsed"] > 3 * found["seconds_per_step"]  # samples and held-out clips are no steps
+
+
 def test_every_accumulated_pass_counts(tmp_path: Path, group: None) -> None:
     log = small.Log()
     small.fit(tmp_path, log=log, steps=2, batch=8, accumulate=2)

@@ -78,8 +78,11 @@ def load(path: Path, engines: Mapping[str, Any], universal: bool = False) -> Non
             # from a universal checkpoint ZeRO-3 gives all groups the first one's decay, and one tensor of steps to share
             for group, decay in zip(engine.optimizer.param_groups, decays, strict=True):
                 group["weight_decay"] = decay
-            for state in engine.basic_optimizer.state.values():
-                state["step"] = state["step"].clone()
+            fused = engine.basic_optimizer.defaults.get("fused")
+            for parameter, state in engine.basic_optimizer.state.items():
+                if "step" in state:
+                    step = state["step"]
+                    state["step"] = step.to(parameter.device if fused else step.device, copy=True)
     except torch.OutOfMemoryError:
         raise
     except Exception as e:  # whatever an unpickler makes of damaged bytes

@@ -1,8 +1,11 @@
 """DeepSpeed engines: our config to theirs, in this one place. The process group is in `group`."""
 
+import gc
 import logging
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -11,8 +14,9 @@ from torch import Tensor, nn
 
 from longtake.datasets.errors import UserError
 from longtake.training.config import TrainConfig
-from longtake.training.engines import lora
+from longtake.training.engines import lora, muon
 from longtake.training.engines.group import device, process_group, store
+from longtake.training.engines.sequence import groups_of, place, pretend_to_share, share_windows
 from longtake.training.engines.shards import Fragment, fragments, gradient_norms, overwrite
 
 __all__ = [
@@ -25,10 +29,14 @@ __all__ = [
     "freeze",
     "gradient_norm",
     "gradient_norms",
+    "groups_of",
     "left_out",
     "parameter_groups",
+    "place",
+    "pretend_to_share",
     "process_group",
     "set_lr",
+    "share_windows",
     "store",
 ]
 
@@ -41,11 +49,11 @@ def deepspeed_config(config: TrainConfig, world: int, universal: bool = False) -
     Raises:
         UserError: the batch does not divide among the processes.
     """
-    passes = world * config.accumulate
+    readers, shared = groups_of(config, world), config.run.launcher.sequence
+    passes = readers * config.accumulate
     if config.batch % passes:
-        raise UserError(
-            f"batch: {config.batch} does not divide among {world} processes x accumulate {config.accumulate}"
-        )
+        who = f"{world} processes" if shared == 1 else f"{readers} groups of {shared} processes"
+        raise UserError(f"batch: {config.batch} does not divide among {who} x accumulate {config.accumulate}")
     zero: dict[str, Any] = {"stage": config.zero_stage}
     # without ZeRO DeepSpeed refuses fp32 gradients of bf16 weights: `_sum_in_fp32` makes them
     gradients = config.precision if config.zero_stage == 0 else config.gradient_precision
@@ -54,7 +62,8 @@ def deepspeed_config(config: TrainConfig, world: int, universal: bool = False) -
     if config.offload == "parameters":
         zero["offload_param"] = {"device": "cpu"}
     return {
-        "train_batch_size": config.batch,
+        # DeepSpeed counts the windows of every process, also those that several of them share
+        "train_batch_size": config.batch * shared,
         "train_micro_batch_size_per_gpu": config.batch // passes,
         "gradient_accumulation_steps": config.accumulate,
         # plain fp32 is clipped by `_finish_gradients`
@@ -86,6 +95,20 @@ def freeze(module: nn.Module, patterns: tuple[str, ...]) -> None:
             parameter.requires_grad_(False)
 
 
+@contextmanager
+def _garbage_left() -> Iterator[None]:
+    """DeepSpeed collects all garbage several times for each engine; what is there already is looked through no more."""
+    if gc.get_freeze_count():
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@_garbage_left()
 def engines_of(
     modules: Mapping[str, nn.Module],
     lead: str,
@@ -94,7 +117,7 @@ def engines_of(
     universal: bool = False,
     settings: Mapping[str, TrainConfig] | None = None,
 ) -> dict[str, Any]:
-    """A DeepSpeed engine for each module, AdamW over its `parameter_groups`. Needs a process group.
+    """A DeepSpeed engine for each module, with the config's optimizer over its `parameter_groups`. Needs a process group.
 
     The module `lead` is changed as `freeze` and `lora` of the config say.
 
@@ -103,7 +126,7 @@ def engines_of(
         settings: by name of a module, its own rate, betas and weight decay.
 
     Raises:
-        UserError: the batch does not divide among the processes; `freeze` or `lora` finds nothing; nothing learns.
+        UserError: the batch does not divide among the processes; `freeze`, `lora` or `optimizer` finds nothing; nothing learns.
     """
     deepspeed_settings = deepspeed_config(config, world, universal)
     import deepspeed
@@ -117,14 +140,20 @@ def engines_of(
         learns = lora.attach(modules[lead], config.lora)
         if torch.distributed.get_rank() == 0:
             print(learns, flush=True)
+    if config.optimizer == "muon":
+        muon.check_matrices(modules[lead])
     engines = {}
     for name, module in modules.items():
         own = (settings or {}).get(name, config)
         wide = _kept_in_fp32(module, config)
-        groups = parameter_groups(module, own.weight_decay)
+        matrices = muon.matrices_of(module) if config.optimizer == "muon" else []
+        groups = parameter_groups(module, own.weight_decay, matrices)
         if not groups:
             raise UserError(f"freeze: nothing is left to learn in {name}")
-        optimizer = torch.optim.AdamW(groups, lr=own.lr, betas=own.betas)
+        make = muon.Muon if matrices else torch.optim.AdamW
+        optimizer: torch.optim.Optimizer = make(
+            groups, lr=own.lr, betas=own.betas, fused=config.fused_optimizer or None
+        )
         # DeepSpeed allocates buckets for gradients of their full size: no larger than what learns
         learning = sum(p.numel() for group in groups for p in group["params"])
         zero = deepspeed_settings["zero_optimization"] | {"reduce_bucket_size": min(_MOST_REDUCED, learning)}
@@ -139,7 +168,8 @@ def engines_of(
             _fill_states(engine)
         # DeepSpeed may make AdamW's states by an update without gradients, which must not count
         for state in optimizer.state.values():
-            state["step"].zero_()
+            if "step" in state:
+                state["step"].zero_()
         if world == 1 and config.zero_stage == 0:
             # else all gradients are copied into one buffer and back, for no other rank
             engine.enable_backward_allreduce = False
@@ -165,14 +195,18 @@ def channels_last(module: nn.Module) -> None:
             layer.register_forward_pre_hook(converted)
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    module: nn.Module, weight_decay: float, matrices: Sequence[nn.Parameter] = ()
+) -> list[dict[str, Any]]:
     """The parameters that take gradients, for an optimizer: weights of linear and convolution layers decay, others do not.
 
-    Norms, biases, embeddings and tokens have a scale that means something; an empty group is left out.
+    Norms, biases, embeddings and tokens have a scale that means something; an empty group is left out. `matrices`, which
+    decay too, get a group of their own.
     """
     layers = [m for m in module.modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)]
     weights = {id(layer.weight) for layer in layers}
-    learning = [p for p in module.parameters() if p.requires_grad]
+    apart = {id(p) for p in matrices}
+    learning = [p for p in module.parameters() if p.requires_grad and id(p) not in apart]
     # what ZeRO cuts from one buffer is of one type
     kept = {id(p) for part in _keeping(module) for p in part.keep_fp32().values()}
     groups = [
@@ -183,6 +217,8 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
         for wide in (False, True)
         for decays, decay in ((True, weight_decay), (False, 0.0))
     ]
+    if matrices:
+        groups.append({"params": list(matrices), "weight_decay": weight_decay, "matrices": True})
     return [group for group in groups if group["params"]]
 
 
@@ -226,7 +262,9 @@ def _fill_states(engine: Any) -> None:
     optimizer = engine.optimizer.optimizer
     for p in engine.optimizer.fp32_partitioned_groups_flat:
         zeros = torch.zeros_like(p, requires_grad=False)
-        optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+        # a fused kernel reads it on the device
+        step = torch.tensor(0.0, device=p.device if optimizer.defaults["fused"] else "cpu")
+        optimizer.state[p] = {"step": step, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
 
 
 def _is_plain_fp32(engine: Any) -> bool:
@@ -238,7 +276,16 @@ def _finish_gradients(clip: float, optimizer: Any, *_: Any) -> None:
     """Clip, and skip the update where a gradient is not finite, as DeepSpeed does itself at all other stages."""
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-    optimizer.norm, optimizer.left_out = float(norm), not bool(torch.isfinite(norm))
+    if optimizer.defaults.get("fused"):
+        # its kernel leaves the update out by itself, and nothing waits for the device
+        optimizer.norm, optimizer.left_out = norm, ~norm.isfinite()
+        optimizer.found_inf = optimizer.left_out.float()
+        if clip:
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+        return
+    # the host waits here for the device, once an update: it decides whether weights change
+    optimizer.norm = float(norm)
+    optimizer.left_out = not math.isfinite(optimizer.norm)
     if optimizer.left_out:
         for parameter in parameters:
             parameter.grad = None
@@ -246,14 +293,16 @@ def _finish_gradients(clip: float, optimizer: Any, *_: Any) -> None:
         torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
 
 
-def left_out(engine: Any) -> bool:
-    """Whether the last update was left out, on all ranks, because a gradient was not finite."""
-    return bool(engine.optimizer.left_out if _is_plain_fp32(engine) else engine.optimizer.overflow)
+def left_out(engine: Any) -> Tensor | bool:
+    """Whether the last update was left out, on all ranks, because a gradient was not finite; to read it may wait."""
+    found: Tensor | bool = engine.optimizer.left_out if _is_plain_fp32(engine) else engine.optimizer.overflow
+    return found
 
 
-def gradient_norm(engine: Any) -> float:
-    """Global norm of the gradients of the update just made, before clipping."""
-    return float(engine.optimizer.norm if _is_plain_fp32(engine) else engine.get_global_grad_norm())
+def gradient_norm(engine: Any) -> Tensor | float:
+    """Global norm of the gradients of the update just made, before clipping; to read it may wait for the device."""
+    norm: Tensor | float = engine.optimizer.norm if _is_plain_fp32(engine) else engine.get_global_grad_norm()
+    return norm
 
 
 def set_lr(engine: Any, lr: float) -> None:

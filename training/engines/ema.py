@@ -27,14 +27,16 @@ def begin(engine: Any, half_lives: Sequence[float]) -> Averages:
     return {label(life): {(f.name, f.start): f.value.clone() for f in learning} for life in half_lives}
 
 
-def move(averages: Averages, engine: Any, step: int) -> None:
+def weights_of(engine: Any) -> list[Tensor]:
+    """What averages follow, in their order: the engine's own tensors, which updates and loads change in place."""
+    return [f.value for f in fragments(engine) if f.learns]
+
+
+def move(averages: Averages, weights: Sequence[Tensor], step: int) -> None:
     """Move each average towards the weights after step `step`; early on its memory is a tenth of the steps so far (EDM2, section C)."""
-    if not averages:
-        return
-    values = [f.value for f in fragments(engine) if f.learns]
     for life, average in averages.items():
         keep = 0.5 ** (1 / min(float(life), step / 10))
-        torch._foreach_lerp_(list(average.values()), values, 1 - keep)
+        torch._foreach_lerp_(list(average.values()), list(weights), 1 - keep)
 
 
 def restore(averages: Averages, engine: Any, saved: Mapping[str, Any]) -> None:

@@ -76,10 +76,10 @@ def overwrite(engine: Any, values: Mapping[str, Tensor]) -> None:
             p.ds_tensor.data[: len(piece)].copy_(piece)
 
 
-def gradient_norms(engine: Any) -> dict[str, float]:
+def gradient_norms(engine: Any) -> dict[str, Tensor]:
     """Norm of the gradients of each child of the module, before clipping; call it between the last backward and the update.
 
-    Every rank must call it. Ranks exchange one small vector.
+    Every rank must call it. Ranks exchange one small vector; the norms stay on the device, so that nothing waits for them.
     """
     children = [name for name, child in engine.module.named_children() if any(True for _ in child.parameters())]
     gradients: dict[str, list[Tensor]] = {name: [] for name in children}
@@ -93,7 +93,7 @@ def gradient_norms(engine: Any) -> dict[str, float]:
     norms = [torch.nn.utils.get_total_norm(values).to(device()) for values in gradients.values()]
     squares = torch.stack(norms).square() if norms else torch.zeros(0, device=device())
     torch.distributed.all_reduce(squares)
-    return dict(zip(children, squares.sqrt().tolist(), strict=True))
+    return dict(zip(children, squares.sqrt().unbind(), strict=True))
 
 
 def _local_gradient(engine: Any, p: nn.Parameter, mine: bool) -> Tensor | None:

@@ -18,6 +18,7 @@ from longtake.training.foreign.backbone_inputs import Inputs
 from longtake.training.foreign.front import CLASSES, Front
 from longtake.training.foreign.library import class_of
 from longtake.training.models.common.condition import Condition, draw_hidden
+from longtake.training.models.common.recompute import called_as_marked, mark
 
 __all__ = ("ROWS", "Backbone", "BackboneConfig", "Front")
 
@@ -165,7 +166,8 @@ class Backbone(nn.Module):
             x, t.float(), text, seen, none, image, image_states, fps, pooled, guidance, front, places, present
         )
         if config.activation_checkpointing and self.training:
-            net.enable_gradient_checkpointing()
+            mark(config.activation_checkpointing, net.modules())
+            net.enable_gradient_checkpointing(called_as_marked)
         else:
             net.disable_gradient_checkpointing()
         return config.row.velocity(net, config, inputs)
@@ -191,6 +193,9 @@ class Backbone(nn.Module):
         order = (~seen).int().argsort(dim=1, stable=True)
         seen = seen.gather(1, order)
         text = text.gather(1, order[..., None].expand_as(text))
+        # a sample has its own text or that of "", never both: no more states than the longer one can count
+        room = max(mask.shape[1], len(self.empty))
+        text, seen = text[:, :room], seen[:, :room]
         return torch.where(seen[..., None], text, 0.0), seen, without
 
     def _pooled(self, pooled: Tensor | None, x: Tensor, without: Tensor) -> Tensor | None:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, cast
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
+from longtake.training.models.common.recompute import Share
+
 if TYPE_CHECKING:
     from longtake.training.foreign.backbone_inputs import Inputs
 
@@ -98,7 +100,7 @@ class BackboneConfig(BaseModel):
     shape             (latents, height, width) of its training windows
     stride            frames, and pixels a side, in a latent; None: as its pipeline
     embedded_guidance what a class with guidance among its inputs gets in training [assumption: 1]
-    activation_checkpointing   recompute blocks in the backward pass: less memory, more time
+    activation_checkpointing   share of the blocks that the backward pass recomputes, true is all: less memory, more time
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -115,7 +117,7 @@ class BackboneConfig(BaseModel):
     shape: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
     stride: tuple[PositiveInt, PositiveInt] | None = None
     embedded_guidance: PositiveFloat = 1.0
-    activation_checkpointing: bool = False
+    activation_checkpointing: Share = False
 
     @model_validator(mode="after")
     def _fits(self) -> BackboneConfig:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from longtake.training.foreign.backbone_config import BackboneConfig, Sizes
 from longtake.training.foreign.backbone_inputs import STEPS, Inputs, held, positions_of
 from longtake.training.foreign.front import key_mask
+from longtake.training.models.common.compiling import uncompiled
 
 TEXT_LENGTH = 256
 STRIDE = (4, 8)
@@ -131,7 +132,7 @@ class _Adding:
         self.number = number
 
     # its number would make each block's compilation one of its own
-    @torch.compiler.disable
+    @uncompiled
     def __call__(self, block: nn.Module, inputs: tuple[Any, ...], made: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         times = inputs[2]
         if not isinstance(times, Times) or times.added is None:

@@ -49,6 +49,7 @@ def padded(text: Tensor, seen: Tensor, length: int) -> Tensor:
 
     ValueError where more than `length` count.
     """
+    # the host waits for the device, but only where a batch is wider than the model takes
     if text.shape[1] > length and bool(seen[:, length:].any()):
         raise ValueError(f"text has {int(seen.sum(1).max())} tokens; this model takes {length}: shorten it")
     return F.pad(text, (0, 0, 0, length - text.shape[1]))

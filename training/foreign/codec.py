@@ -20,6 +20,7 @@ from longtake.training.foreign.library import class_of
 from longtake.training.foreign.ways import Causal, Tiling, Way
 from longtake.training.models.common.autoencoder import LatentPadding, VideoAutoencoder, positive
 from longtake.training.models.common.codec import Posterior
+from longtake.training.models.common.recompute import Share, called_as_marked, mark
 from longtake.training.models.common.streaming import regroup
 
 _DECODES = ("decoder.", "post_quant_conv.")  # names of what no latent depends on
@@ -36,7 +37,7 @@ class CodecConfig(BaseModel):
     class_name                 AutoencoderKLWan, AutoencoderKLLTXVideo, AutoencoderKLHunyuanVideo, or AutoencoderKL, which
                                encodes frame by frame
     settings                   its config.json, without the names that begin with "_"
-    activation_checkpointing   recompute res blocks in the backward pass: less memory, more time
+    activation_checkpointing   share of the res blocks that the backward pass recomputes, true is all: less memory, more time
     padding                    of one that was trained to predict, in place of unseen latents: a learned `token`, or `noise`
                                from N(0, 1); null: it does not predict
     """
@@ -45,7 +46,7 @@ class CodecConfig(BaseModel):
 
     class_name: str
     settings: dict[str, Any]
-    activation_checkpointing: bool = False
+    activation_checkpointing: Share = False
     padding: Literal["token", "noise"] | None = None
 
     @field_validator("class_name")
@@ -144,8 +145,9 @@ class ForeignCodec(VideoAutoencoder):
         self.what = config.class_name
         self.net: Any = class_of(config.class_name).from_config(config.settings)
         self.padding = LatentPadding(config.latent_channels, config.padding) if config.padding else None
+        mark(config.activation_checkpointing, self.net.modules())
         if config.activation_checkpointing and self.net._supports_gradient_checkpointing:
-            self.net.enable_gradient_checkpointing()
+            self.net.enable_gradient_checkpointing(called_as_marked)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -219,7 +221,7 @@ class ForeignCodec(VideoAutoencoder):
 
     @property
     def _ways(self) -> tuple[Way, Way]:
-        return ROWS[self.config.class_name].ways(self.net, self.config.activation_checkpointing)
+        return ROWS[self.config.class_name].ways(self.net)
 
     def _posterior(self, moments: Tensor) -> Posterior:
         mean, logvar = moments.float().chunk(2, dim=1)
@@ -234,8 +236,8 @@ class ForeignCodec(VideoAutoencoder):
     def _normalising(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """The mean of the class's latents, and the factor that gives what is left the variance that a transformer needs."""
         mean, std, scale = ROWS[self.config.class_name].statistics(self.net)
-        shift, spread = (torch.as_tensor(x, dtype=torch.float32, device=device).view(-1, 1, 1, 1) for x in (mean, std))
-        return shift, scale / spread
+        shift, spread = (torch.as_tensor(x, dtype=torch.float32).view(-1, 1, 1, 1) for x in (mean, std))
+        return shift.to(device, non_blocking=True), (scale / spread).to(device, non_blocking=True)
 
     def _cast(self, video: Tensor) -> Tensor:
         return video.to(self.dtype)

@@ -29,12 +29,12 @@ class Row(NamedTuple):
 
     strides      frames in a latent after the first, pixels of a position, and channels of a latent, from its config.json
     statistics   of its latents, of the module
-    ways         (encode, decode) of the module; `recompute` its res blocks in the backward pass, if the class itself cannot
+    ways         (encode, decode) of the module
     """
 
     strides: Callable[[Settings], tuple[int, int, int]]
     statistics: Callable[[Any], Statistics]
-    ways: Callable[[Any, bool], tuple[Way, Way]]
+    ways: Callable[[Any], tuple[Way, Way]]
 
 
 def _wan_strides(settings: Settings) -> tuple[int, int, int]:
@@ -47,8 +47,8 @@ def _wan_statistics(net: Any) -> Statistics:
     return Statistics(torch.tensor(net.config.latents_mean), torch.tensor(net.config.latents_std), 1.0)
 
 
-def _wan_ways(net: Any, recompute: bool) -> tuple[Way, Way]:
-    return Causal(partial(codec_wan.moments, net, recompute)), Causal(partial(codec_wan.frames, net, recompute))
+def _wan_ways(net: Any) -> tuple[Way, Way]:
+    return Causal(partial(codec_wan.moments, net)), Causal(partial(codec_wan.frames, net))
 
 
 def _ltx_strides(settings: Settings) -> tuple[int, int, int]:
@@ -62,7 +62,7 @@ def _ltx_statistics(net: Any) -> Statistics:
     return Statistics(net.latents_mean, net.latents_std, net.config.scaling_factor)
 
 
-def _ltx_ways(net: Any, recompute: bool) -> tuple[Way, Way]:
+def _ltx_ways(net: Any) -> tuple[Way, Way]:
     encode = partial(codec_ltx.moments, net)
     decode = Ahead(partial(codec_ltx.frames, net), partial(codec_ltx.known_frames, net))
     return (Causal if net.config.encoder_causal else AtOnce)(encode), decode
@@ -73,7 +73,7 @@ def _hunyuan_strides(settings: Settings) -> tuple[int, int, int]:
     return *ratios, settings.get("latent_channels", 16)
 
 
-def _hunyuan_ways(net: Any, recompute: bool) -> tuple[Way, Way]:
+def _hunyuan_ways(net: Any) -> tuple[Way, Way]:
     """In the windows that the class takes for clips longer than one; a shorter clip is one window in any case."""
     time, size, step = net.temporal_compression_ratio, net.tile_sample_min_num_frames, net.tile_sample_stride_num_frames
     latents, kept = size // time, step // time
@@ -104,7 +104,7 @@ def _image_statistics(net: Any) -> Statistics:
     return Statistics(config.shift_factor or 0.0, 1.0, config.scaling_factor)
 
 
-def _image_ways(net: Any, recompute: bool) -> tuple[Way, Way]:
+def _image_ways(net: Any) -> tuple[Way, Way]:
 
     def moments(video: Tensor, past: Past | None) -> Tensor:
         h = net.encoder(video.transpose(1, 2).flatten(0, 1))

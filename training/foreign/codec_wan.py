@@ -11,40 +11,39 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from longtake.training.foreign.patches import patches_of, video_of
 from longtake.training.models.common.causal import starts
+from longtake.training.models.common.recompute import called_as_marked
 from longtake.training.models.common.streaming import Past
 
 _LOOKS_BACK = 2  # frames that a convolution of 3 in time keeps
 
 
-def moments(net: Any, recompute: bool, video: Tensor, past: Past | None) -> Tensor:
+def moments(net: Any, video: Tensor, past: Past | None) -> Tensor:
     """Video `(B, 3, T, H, W)` -> mean and log-variance `(B, 2C, t, h, w)`, not normalised.
 
     Args:
-        recompute: the res blocks of a whole clip in the backward pass.
-        past: of a stream; None for a whole clip.
+        past: of a stream; None for a whole clip, whose res blocks are recomputed as they are marked.
     """
     encoder = net.encoder
     x = _convolve(encoder.conv_in, patches_of(video, 1, net.config.patch_size or 1), past)
     for layer in encoder.down_blocks:
-        x = _down(layer, x, past, recompute)
-    x = _middle(encoder.mid_block, x, past, recompute)
+        x = _down(layer, x, past)
+    x = _middle(encoder.mid_block, x, past)
     x = encoder.nonlinearity(encoder.norm_out(x))
     x = _convolve(encoder.conv_out, x, past)
     out: Tensor = net.quant_conv(x)
     return out
 
 
-def frames(net: Any, recompute: bool, latent: Tensor, past: Past | None) -> Tensor:
+def frames(net: Any, latent: Tensor, past: Past | None) -> Tensor:
     """Latents as the class's `decode` takes them `(B, C, t, h, w)` -> video `(B, 3, T, H, W)`, not clamped."""
     decoder = net.decoder
     x = _convolve(decoder.conv_in, net.post_quant_conv(latent), past)
-    x = _middle(decoder.mid_block, x, past, recompute)
+    x = _middle(decoder.mid_block, x, past)
     for block in decoder.up_blocks:
-        x = _up(block, x, past, recompute)
+        x = _up(block, x, past)
     x = decoder.nonlinearity(decoder.norm_out(x))
     x = _convolve(decoder.conv_out, x, past)
     return video_of(x, 1, net.config.patch_size or 1)
@@ -64,9 +63,9 @@ def _convolve(conv: nn.Module, x: Tensor, past: Past | None) -> Tensor:
     return out
 
 
-def _res(block: Any, x: Tensor, past: Past | None, recompute: bool) -> Tensor:
+def _res(block: Any, x: Tensor, past: Past | None) -> Tensor:
     if past is None:
-        out: Tensor = checkpoint(block, x, use_reentrant=False) if recompute and torch.is_grad_enabled() else block(x)
+        out: Tensor = called_as_marked(block, x) if torch.is_grad_enabled() else block(x)
         return out
     # one name for all: none of them is kept longer than it is needed
     branch = block.nonlinearity(block.norm1(x))
@@ -77,34 +76,34 @@ def _res(block: Any, x: Tensor, past: Past | None, recompute: bool) -> Tensor:
     return added
 
 
-def _middle(block: Any, x: Tensor, past: Past | None, recompute: bool) -> Tensor:
-    x = _res(block.resnets[0], x, past, recompute)
+def _middle(block: Any, x: Tensor, past: Past | None) -> Tensor:
+    x = _res(block.resnets[0], x, past)
     for attention, resnet in zip(block.attentions, block.resnets[1:], strict=True):
-        x = _res(resnet, attention(x), past, recompute)
+        x = _res(resnet, attention(x), past)
     return x
 
 
-def _down(layer: Any, x: Tensor, past: Past | None, recompute: bool) -> Tensor:
+def _down(layer: Any, x: Tensor, past: Past | None) -> Tensor:
     """A res block, an attention, a sampler, or with Wan 2.2 a stage of blocks and a sampler beside a shortcut."""
     if hasattr(layer, "avg_shortcut"):
         inside = [*layer.resnets, *([] if layer.downsampler is None else [layer.downsampler])]
         shortcut = layer.avg_shortcut(x)  # a first frame alone gets the zeros that a whole clip gets
         for part in inside:
-            x = _down(part, x, past, recompute)
+            x = _down(part, x, past)
         return x + shortcut
     if hasattr(layer, "conv1"):
-        return _res(layer, x, past, recompute)
+        return _res(layer, x, past)
     if hasattr(layer, "resample"):
         return _halved(layer, x, past)
     out: Tensor = layer(x)
     return out
 
 
-def _up(block: Any, x: Tensor, past: Past | None, recompute: bool) -> Tensor:
+def _up(block: Any, x: Tensor, past: Past | None) -> Tensor:
     first = starts(past)
     start = x
     for resnet in block.resnets:
-        x = _res(resnet, x, past, recompute)
+        x = _res(resnet, x, past)
     # Wan 2.1 has a list of at most one sampler, Wan 2.2 a sampler and a shortcut
     sampler = block.upsamplers[0] if getattr(block, "upsamplers", None) else getattr(block, "upsampler", None)
     if sampler is not None:

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from longtake.training.models.common.compiling import uncompiled
+
 # classes that take tokens and latents which some samples do not have, and what is added to blocks
 CLASSES = frozenset({"WanTransformer3DModel", "HunyuanVideoTransformer3DModel"})
 
@@ -56,7 +58,7 @@ class Adding:
         self.number = number
 
     # its number would make each block's compilation one of its own
-    @torch.compiler.disable
+    @uncompiled
     def __call__(self, block: nn.Module, inputs: tuple[Any, ...], tokens: Tensor) -> Tensor:
         context = next((part for part in inputs if isinstance(part, Context)), None)
         if context is None or context.added is None:

@@ -73,12 +73,13 @@ def work(job: Job) -> None:
 
     module = importlib.import_module(job.module)
     config = module.Config.model_validate(job.config)
-    torch.set_num_threads(environment.threads() or share_of_cpus(_processes_here()))
+    torch.set_num_threads(environment.threads() or share_of_cpus(processes_here()))
     with process_group(config.run.stall_seconds):
         module.work(config, job.inputs, Path(job.folder))
 
 
-def _processes_here() -> int:
+def processes_here() -> int:
+    """Ranks on this machine."""
     # the names that torchrun and the deepspeed launcher use
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
 

@@ -20,7 +20,16 @@ from longtake.training.registry import pipelines, store
 from longtake.training.registry.disk import digest, read_config
 
 _FILE = "lineage.json"  # in the folder of checkpoints
-_MODELS = ("vae", "vqgan", "sound_vqgan", "anchors", "base", "parent", "image")  # models, whose aliases may move
+_MODELS = (
+    "vae",
+    "vqgan",
+    "sound_vqgan",
+    "anchors",
+    "base",
+    "parent",
+    "image",
+    "encoder",
+)  # models, whose aliases may move
 
 
 def record(inputs: Mapping[str, str]) -> dict[str, Any]:
@@ -99,8 +108,8 @@ def _git() -> dict[str, Any] | None:
 def pinned(inputs: Mapping[str, str], folder: Path) -> dict[str, str]:
     """The inputs with the models' versions as of the beginning of this training; the lineage is kept in `folder`.
 
-    Where latents are an input and no autoencoder is, `vae` is the autoencoder of the latents; likewise `vqgan` of tokens,
-    and `sound_vqgan` of those of sound.
+    Where latents are an input and no autoencoder is, `vae` is the autoencoder of the latents, or what encodes live ones;
+    likewise `vqgan` of tokens, and `sound_vqgan` of those of sound.
 
     Raises:
         UserError: the model in a folder is another than when the training began; and as `record`.
@@ -108,6 +117,7 @@ def pinned(inputs: Mapping[str, str], folder: Path) -> dict[str, str]:
     path = folder / _FILE
     if not path.exists():
         makers = {"vae": read_latents(inputs["latents"]).encoder["uri"]} if "latents" in inputs else {}
+        makers |= {"vae": inputs["encoder"]} if "encoder" in inputs else {}
         for field, maker in (("tokens", "vqgan"), ("audio_tokens", "sound_vqgan")):
             makers |= {maker: read_tokens(inputs[field]).model["uri"]} if field in inputs else {}
         storage.write(str(path), storage.canonical_json(record(makers | dict(inputs))))

@@ -1,7 +1,7 @@
 """A training's run in MLflow: metrics, videos, files.
 
 Records go into a spool on disk first, and a thread sends them: tracking that is down, slow or killed neither stops
-training nor loses anything.
+training nor loses anything. Another thread encodes videos.
 """
 
 import contextlib
@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from longtake.datasets import clip
 from longtake.datasets.errors import Failure, UserError
 from longtake.training.registry.store import failing_clearly, line
 from longtake.training.tracker.spool import Place, Spool
+from longtake.training.tracker.videos import Videos
 
 _EVERY = 5.0  # seconds between batches, and between attempts while tracking is down
 _PATIENCE = 60.0  # seconds without any progress after which `close` gives up
@@ -38,6 +38,7 @@ class Tracker:
         self._trouble = ""
         self._refused: set[str] = set()
         self._stop_sampling, self._closing = threading.Event(), threading.Event()
+        self._videos = Videos(spool.folder, self._queue)
         self._sender = threading.Thread(target=self._keep_sending, name="tracker", daemon=True)
         self._sampler = threading.Thread(target=self._keep_sampling, name="system metrics", daemon=True)
         self._sender.start()
@@ -50,7 +51,7 @@ class Tracker:
         self._append(step, metrics)
 
     def video(self, step: int, name: str, frames: np.ndarray, fps: int) -> None:
-        """A video as artifact `samples/step-00001000/NAME.mp4`: encoded here, sent by the thread.
+        """A video as artifact `samples/step-00001000/NAME.mp4`: encoded by one thread, sent by another.
 
         Args:
             name: letters, digits, `_`, `-` and dots.
@@ -68,7 +69,8 @@ class Tracker:
         ):
             raise ValueError(f"video {name}: need uint8 (T, H, W, 3) with even H and W, got {frames.dtype} {shape}")
         place = Path("samples") / f"step-{step:08d}" / f"{name}.mp4"
-        self._queue(place, lambda scratch: clip.write(scratch, frames, fps))
+        with self._on_disk(place):
+            self._videos.add(place, frames, fps)
 
     def text(self, step: int, name: str, text: str) -> None:
         """A text as artifact `samples/step-00001000/NAME.txt`, beside the videos of the step."""
@@ -93,6 +95,7 @@ class Tracker:
 
     def close(self) -> None:
         """Send the rest and end the threads. Raises Failure where something could not be sent; it stays in the spool."""
+        self._videos.finish()
         self._stop(_PATIENCE)
         steps, files = self.spool.left(), len(self.spool.files())
         if steps or files:
@@ -107,8 +110,12 @@ class Tracker:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        """`close`; after an error, send for some seconds only, and the next process sends the rest."""
-        self._stop(_EVERY) if error else self.close()
+        """`close`; after an error, send for some seconds only, and the next process encodes and sends the rest."""
+        if not error:
+            self.close()
+            return
+        self._videos.leave(_EVERY)
+        self._stop(_EVERY)
 
     def _stop(self, patience: float) -> None:
         """End the threads after a last attempt to send, which continues as long as it makes progress."""
@@ -124,13 +131,21 @@ class Tracker:
 
     def _queue(self, place: Path, write: Callable[[Path], Any]) -> None:
         """Let `write` make a file that becomes the artifact `place`."""
-        path, scratch = self.spool.files_folder / place, self.spool.folder / f"queued{place.suffix}"
-        try:
+        # not one for all: threads queue at the same time
+        scratch = self.spool.folder / f"queued-{threading.get_ident()}{place.suffix}"
+        with self._on_disk(place):
+            path = self.spool.files_folder / place
             path.parent.mkdir(parents=True, exist_ok=True)
             write(scratch)
             scratch.replace(path)
+
+    @contextlib.contextmanager
+    def _on_disk(self, place: Path) -> Iterator[None]:
+        """Say that the artifact `place` is left out where the disk does not take what the block writes."""
+        try:
+            yield
         except OSError as e:
-            print(f"tracking: {path}: {e.strerror or e}; it is left out", flush=True)
+            print(f"tracking: {self.spool.files_folder / place}: {e.strerror or e}; it is left out", flush=True)
 
     @cached_property
     def _client(self) -> Any:

@@ -64,7 +64,7 @@ class Plans:
         ends = np.cumsum(shard_sizes)
         base = SimpleNamespace(starts=ends - np.array(shard_sizes))
         self.split: Any = SimpleNamespace(
-            base=base, columns={}, latents=(), texts=(), reader=SimpleNamespace(cache=None)
+            base=base, columns={}, latents=(), texts=(), live=(), reader=SimpleNamespace(cache=None)
         )
         parts = np.split(np.random.default_rng(seed).permutation(int(ends[-1])), np.cumsum(counts))
         self.rows = [np.sort(p).astype(np.int32) for p in parts[: len(counts)]]
@@ -79,7 +79,7 @@ class Plans:
     def rank(self, rank: int, world: int, workers: int, start: int, end: int) -> list[list[str]]:
         """The batches of one rank as its workers give them, dealt in turn."""
 
-        def load(split: Any, sample: Any, window: Window) -> dict[str, Any]:
+        def load(split: Any, sample: Any, window: Window, _: Any) -> dict[str, Any]:
             row = int(split.base.starts[sample.shard]) + sample.row
             return {"key": f"{window.frames}:{row}.{sample.chance[2]}"}
 

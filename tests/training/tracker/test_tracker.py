@@ -21,7 +21,7 @@ from mlflow.exceptions import MlflowException
 from longtake.datasets import clip
 from longtake.datasets.errors import Failure, UserError
 from longtake.training import tracker
-from longtake.training.tracker import spool
+from longtake.training.tracker import spool, videos
 
 KILLED = (
     "import os, sys\nfrom pathlib import Path\nimport numpy as np\nfrom longtake.training import tracker\n"
@@ -285,10 +285,44 @@ def test_a_video_that_the_disk_does_not_take_is_said_and_left_out(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with connect(tmp_path) as log, monkeypatch.context() as patched:
-        patched.setattr(clip, "write", full)
+    monkeypatch.setattr(clip, "write", full)
+    with connect(tmp_path) as log:
         log.video(1, "one", np.zeros((3, 16, 16, 3), np.uint8), 6)
     assert "one.mp4: No space left on device; it is left out" in capsys.readouterr().out
+
+
+def test_videos_are_encoded_while_training_goes_on(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most so many wait; the thread that trains waits for room, and at the end all are encoded."""
+    may_go, real, by = threading.Event(), clip.write, set[str]()
+
+    def slow(*args: Any) -> None:
+        by.add(threading.current_thread().name)
+        may_go.wait()
+        real(*args)
+
+    monkeypatch.setattr(clip, "write", slow)
+    monkeypatch.setattr(videos, "_MOST", 3)
+    log, frames = connect(tmp_path), np.zeros((3, 16, 16, 3), np.uint8)
+    for step in range(3):
+        log.video(step, "one", frames, 6)  # none is encoded yet
+    fourth = threading.Thread(target=log.video, args=(3, "one", frames, 6))
+    fourth.start()
+    fourth.join(0.2)
+    assert fourth.is_alive() and not log.spool.files()
+    may_go.set()
+    fourth.join()
+    log.close()
+    assert by == {"videos"}
+    assert len(MlflowClient().list_artifacts(run, "samples")) == 4
+
+
+def test_a_kill_before_a_video_is_encoded_loses_nothing(run: str, tmp_path: Path) -> None:
+    before = "import threading\nfrom longtake.datasets import clip\nclip.write = lambda *_: threading.Event().wait()\n"
+    script = KILLED.format(before=before, after="os.kill(os.getpid(), 9)")
+    assert subprocess.run([sys.executable, "-P", "-c", script, str(tmp_path / "checkpoints")]).returncode == -9
+    connect(tmp_path).close()
+    path = mlflow.artifacts.download_artifacts(run_id=run, artifact_path="samples/step-00000499/one.mp4")
+    assert clip.decode(Path(path).read_bytes()).shape == (3, 16, 16, 3)
 
 
 def test_artifacts_are_there_when_it_returns_or_it_is_a_failure(

@@ -1,7 +1,7 @@
 """The settings of `finetune_backbone`, and their agreement with the stages before it."""
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
@@ -13,8 +13,10 @@ from longtake.training.config import EvaluatedConfig, LoraConfig, ModelName, Pat
 from longtake.training.foreign import load
 from longtake.training.foreign.backbone import BackboneConfig
 from longtake.training.foreign.folder import is_foreign
+from longtake.training.live.config import LatentsInput, LiveConfig, check_live
 from longtake.training.models.common.codec import nearest_lengths
 from longtake.training.models.common.guidance import GuidanceSetting
+from longtake.training.models.common.recompute import Share
 from longtake.training.registry import pipelines
 from longtake.training.registry.uri import in_store
 
@@ -44,7 +46,9 @@ class Config(EvaluatedConfig):
     "assumption" marks the defaults that no publication gives.
 
     dataset             to train on
-    latents             of the dataset, encoded by the autoencoder of the base's pipeline
+    latents             of the dataset, encoded by the autoencoder of the base's pipeline; `live` encodes while training goes on
+    encoder             of `latents: live`: the base's pipeline, whose autoencoder encodes
+    live                of `latents: live`: how it encodes
     text                of the dataset's captions, encoded by the text encoder of the base's pipeline
     pooled              for a model that takes a vector for each text (HunyuanVideo): of the same captions by the pipeline's
                         second text encoder, of whose states the last is taken
@@ -63,7 +67,8 @@ class Config(EvaluatedConfig):
     time_mean           mean of the logit-normal times (arXiv 2403.03206)
     time_std            standard deviation of the logit-normal times
     shift               of times towards noise, in training; null is that of the base's scheduler for the window
-    activation_checkpointing   compute the activations of blocks again in the backward pass: less memory, more time
+    activation_checkpointing   share of the blocks whose activations the backward pass computes again, true is all: less memory,
+                        more time
     steps               of training
     batch               windows in a step, at most
     max_tokens          of a pass on a process: longer and larger windows share smaller batches; null does not bound them
@@ -77,9 +82,13 @@ class Config(EvaluatedConfig):
     eval_videos         videos generated at the end; with `features` compared with as many held-out and training clips
     """
 
+    LATER: ClassVar = {"encoder": None, "live": None}
+
     kind: Literal["finetune_backbone"]
     dataset: DatasetInput
-    latents: Annotated[str, Input("latents")]
+    latents: LatentsInput
+    encoder: ModelInput | None = None
+    live: LiveConfig | None = None
     text: Annotated[str, Input("text")]
     pooled: Annotated[str, Input("text")] | None = None
     view: ViewInput | None = None
@@ -96,7 +105,7 @@ class Config(EvaluatedConfig):
     time_mean: float = 0.0
     time_std: float = Field(1.0, gt=0)
     shift: float | None = Field(None, gt=0)
-    activation_checkpointing: bool = False
+    activation_checkpointing: Share = False
     steps: int = Field(2000, ge=1)
     batch: int = Field(8, ge=1)
     max_tokens: int | None = Field(None, ge=1)
@@ -120,6 +129,7 @@ class Config(EvaluatedConfig):
 
     @model_validator(mode="after")
     def _measured(self) -> "Config":
+        check_live(self)
         if self.eval_probes:
             raise ValueError("eval_probes: a model of another library is not probed; leave it out")
         return self

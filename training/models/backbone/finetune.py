@@ -20,7 +20,7 @@ from longtake.datasets.loader import Loader
 from longtake.datasets.loader.buckets import Bucket
 from longtake.training import data, sizes, stage
 from longtake.training.data import HELDOUT
-from longtake.training.fit import Largest, Source, made_by, module_of
+from longtake.training.fit import Largest, Source, made_by
 from longtake.training.foreign.backbone import Backbone
 from longtake.training.foreign.backbone_config import BackboneConfig, token_count
 from longtake.training.metrics.features import checked_network, digest_of
@@ -135,8 +135,8 @@ def largest(config: Config, inputs: Mapping[str, Source], count: int) -> Largest
     shape = _most_positions(counts)
     window, count = windows[shape], counts[shape]
     assert window.encoder
-    model, codec = Backbone(planned).train(), module_of(window.encoder)
-    target = LatentTarget(None, window.channels, shape, 1.0, codec, config.posterior, config.clip_starts)  # type: ignore[arg-type]
+    model, others = Backbone(planned).train(), sizes.beside(config, window.encoder)
+    target = LatentTarget(None, window.channels, shape, 1.0, others[0], config.posterior, config.clip_starts)  # type: ignore[arg-type]
     nothing: Any = None
     setup = Setup({}, target, nothing, None, model, {}, image_share(config.base, model, config))
     batch = window.batch(count) | {"start": torch.zeros(count, dtype=torch.long)}
@@ -145,7 +145,7 @@ def largest(config: Config, inputs: Mapping[str, Source], count: int) -> Largest
         if width:
             batch[name] = torch.zeros(count, planned.longest_text, width, dtype=torch.bfloat16)
             batch[f"{name}_mask"] = torch.ones(count, planned.longest_text, dtype=torch.bool)
-    return Largest(Objective({"model": model}, partial(_loss, config, setup)), batch, (codec,))
+    return Largest(Objective({"model": model}, partial(_loss, config, setup)), batch, others)
 
 
 def _sample(config: Config, setup: Setup, engines: Engines, rng: torch.Generator) -> dict[str, np.ndarray[Any, Any]]:
@@ -209,7 +209,7 @@ def facts(config: Config, setup: Setup, lineage: Mapping[str, Any]) -> dict[str,
     settings = settings_of(config, setup.model, target.shape)
     return {
         "vae": origins["vae"] | {"encoder": target.record.encoder["digest"]},
-        "latents": origins["latents"],
+        "latents": data.latents_facts(target.record, origins),
         "text": data.text_facts(setup.text, origins["text"]),
         "pooled": data.text_facts(setup.pooled, origins.get("pooled")),
         "classes": [],

@@ -40,7 +40,7 @@ def solver_of(scheduler: Mapping[str, Any]) -> Literal["euler", "unipc"]:
 def scheduler_for(
     config: BackboneConfig, solver: str, steps: int, shape: tuple[int, int, int], shift: float, device: torch.device
 ) -> Any:
-    """A scheduler of diffusers whose times are set, for windows of latents (T, H, W).
+    """A scheduler of diffusers whose times are set, for windows of latents (T, H, W) on a device.
 
     Its own settings hold where the pipeline's scheduler is of this class. Times are moved towards noise by `shift`; where
     the pipeline computes its shift from the number of tokens, by that.
@@ -68,12 +68,17 @@ def scheduler_for(
     make = class_of(name)
     try:
         scheduler = make.from_config(settings)
-        scheduler.set_timesteps(steps, device=device, **options)
+        # times stay on the host, which would wait for each of them
+        scheduler.set_timesteps(steps, **options)
     # diffusers raises all of these for settings that it does not know or has not written
     except (TypeError, ValueError, NotImplementedError, ArithmeticError, AttributeError) as e:
         why = " ".join(str(e).split())[:120]
         raise UserError(f"scheduler: {name} cannot be set up ({why}); name a pipeline with another") from e
     scheduler.set_begin_index(0)
+    # UniPC copies each level of noise to the latents' device otherwise. Of its steps those that solve a system of several
+    # equations still wait once, to see whether it could be solved: little beside the passes of a step
+    if solver == "unipc":
+        scheduler.sigmas = scheduler.sigmas.to(device)
     return scheduler
 
 

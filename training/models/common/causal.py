@@ -12,8 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from longtake.training.models.common.compiling import uncompiled
+from longtake.training.models.common.recompute import called
 from longtake.training.models.common.streaming import Past
 
 NEIGHBOUR_GAIN = 0.3  # initial weights of a kernel's neighbour taps, relative to torch's default
@@ -39,7 +40,7 @@ def causal_pad(layer: nn.Module, x: Tensor, count: int, past: Past | None = None
     return _pad_from_past(layer, x, count, past)
 
 
-@torch.compiler.disable  # compiled blocks stay one graph for whole clips; a stream leaves the graph here
+@uncompiled  # compiled blocks stay one graph for whole clips; a stream leaves the graph here
 def _pad_from_past(layer: nn.Module, x: Tensor, count: int, past: Past) -> Tensor:
     before = past.inputs[layer] if past.begun else x[:, :, :1].expand(-1, -1, count, -1, -1)
     x = torch.cat([before, x], dim=2)
@@ -183,9 +184,9 @@ class ResBlock(nn.Module):
         self.branch = Chain(NormSiLUConv(width), NormSiLUConv(width, gain=0.0))
 
     def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
-        if self.checkpointing and self.training and past is None:
-            return x + checkpoint(self.branch, x, use_reentrant=False)
-        return x + self.branch(x, past)
+        again = self.checkpointing and self.training and past is None
+        out: Tensor = x + called(again, self.branch, x, past)
+        return out
 
 
 class SpatialAttention(nn.Module):

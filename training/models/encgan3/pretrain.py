@@ -230,7 +230,7 @@ def _noise(model: EncGAN3Config, turn: Turn, count: int) -> Tensor:
     """A rank's share of the noise of a global batch, which is the same for any number of ranks; a held-out clip has its own."""
     rank, world = place() if torch.is_grad_enabled() else (0, 1)
     noise = torch.randn(world, count, NOISES, model.content + model.movement, generator=rng_of(turn.seed))
-    return noise[rank].to(device())
+    return noise[rank].to(device(), non_blocking=True)
 
 
 def _sample(

@@ -1,7 +1,7 @@
 """The settings of `finetune_latte`, and their agreement with the stages before it."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -9,6 +9,7 @@ from longtake.datasets.stage import DatasetInput, Input, Measuring, ModelInput, 
 from longtake.datasets.text import Text
 from longtake.training import data
 from longtake.training.config import EvaluatedConfig, ModelName
+from longtake.training.live.config import LIVE, LatentsInput, LiveConfig, check_live
 from longtake.training.models.common.guidance import GuidanceSetting
 from longtake.training.models.common.text import check_settings, fields_of
 from longtake.training.models.generator import Settings
@@ -26,7 +27,9 @@ class Config(EvaluatedConfig):
     Latte's or DiT's where noted; "assumption" marks those that no paper gives.
 
     dataset        to train on
-    latents        of the dataset, to train on; null trains on pixels
+    latents        of the dataset, to train on; `live` encodes while training goes on; null trains on pixels
+    encoder        of `latents: live`: the model that encodes
+    live           of `latents: live`: how it encodes
     text           of the dataset's captions, to learn what they say; null learns none
     view           which clips to use; null uses all
     vae            decodes samples; null is the model that has encoded the latents
@@ -56,9 +59,14 @@ class Config(EvaluatedConfig):
     eval_videos    videos generated at the end; with `features` compared with as many held-out and training clips
     """
 
+    SHARED: ClassVar[bool] = True
+    LATER: ClassVar = {"encoder": None, "live": None}
+
     kind: Literal["finetune_latte"]
     dataset: DatasetInput
-    latents: Annotated[str, Input("latents")] | None = None
+    latents: LatentsInput | None = None
+    encoder: ModelInput | None = None
+    live: LiveConfig | None = None
     text: Annotated[str, Input("text")] | None = None
     view: ViewInput | None = None
     vae: ModelInput | None = None
@@ -110,6 +118,7 @@ class Config(EvaluatedConfig):
 
     @model_validator(mode="after")
     def _valid_windows(self) -> "Config":
+        check_live(self)
         if self.latents is None:
             if self.size is None:
                 raise ValueError("size: training on pixels needs (height, width); or name latents")
@@ -118,7 +127,8 @@ class Config(EvaluatedConfig):
             if self.base is None:
                 self.latte(3, (self.frames, *self.size))
         elif self.size is not None:
-            raise ValueError("size: latents have the size that they were made with; leave it out")
+            instead = "set live.size" if self.latents == LIVE else "leave it out"
+            raise ValueError(f"size: latents have the size that they were made with; {instead}")
         elif self.stride != 1:
             raise ValueError("stride: latents are of every frame; leave it out")
         return self

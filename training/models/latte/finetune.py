@@ -19,7 +19,7 @@ from longtake.datasets.text import Text, read_text
 from longtake.training import data, sizes, stage
 from longtake.training.data import HELDOUT, on_device
 from longtake.training.engines import device
-from longtake.training.fit import Largest, Source, made_by, module_of
+from longtake.training.fit import Largest, Source, made_by
 from longtake.training.metrics.features import checked_network, digest_of
 from longtake.training.metrics.probes import Pairs
 from longtake.training.metrics.share import batches, place
@@ -212,7 +212,7 @@ def largest(config: Config, inputs: Mapping[str, Source], count: int) -> Largest
         )
     latte = Latte(model)
     batch = window.batch(count) | sizes.said(model, count) | {"start": torch.arange(count)}
-    beside = () if window.encoder is None else (module_of(window.encoder),)
+    beside = () if window.encoder is None else sizes.beside(config, window.encoder)
     return Largest(Objective({"model": latte}, partial(_loss, config, target, latte)), batch, beside)
 
 
@@ -242,7 +242,7 @@ def facts(config: Config, setup: Setup, lineage: Mapping[str, Any]) -> dict[str,
     window = {"frames": config.frames, "stride": config.stride, "size": list(target.size), "fps": target.fps}
     return {
         "vae": origins["vae"] | {"encoder": target.record.encoder["digest"]} if target.record else None,
-        "latents": origins["latents"] if target.record else None,
+        "latents": data.latents_facts(target.record, origins) if target.record else None,
         "text": data.text_facts(setup.text, origins.get("text")),
         "classes": list(setup.classes),
         "window": window,

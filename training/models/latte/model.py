@@ -5,6 +5,10 @@ among the frames of each position. The time of the flow and, if the model has cl
 (arXiv 2212.09748): they shift, scale and gate every block, and every gate starts closed. If the model has text, every block
 also attends to it (`common/text.py`).
 
+Ranks that share a window (`common/sequence.py`) have each a slice of the positions, of all frames. So attention over time
+needs no other rank, and only attention over space exchanges tokens for heads. Frames would be the other choice, but there
+are few of them, and they seldom divide.
+
 Two things are not in the papers. Each frame has its own time, so that leading frames can be clean (`flow.py`). A window
 knows whether it begins its clip. With both, `sample.generate` can continue a video without end.
 """
@@ -17,7 +21,6 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from longtake.training.models.common.causal import fold, unfold
 from longtake.training.models.common.condition import Condition, Hidden, class_vectors, draw_hidden
@@ -30,6 +33,8 @@ from longtake.training.models.common.dit import (
     sincos,
     start_weights,
 )
+from longtake.training.models.common.recompute import Share, called, chosen
+from longtake.training.models.common.sequence import SequenceGroup, Shares, own, shares_of, to_heads, to_tokens, whole
 from longtake.training.models.common.statistics import Normalising
 from longtake.training.models.common.text import TextAttention, TextIn, check_fields, text_tokens
 
@@ -61,7 +66,7 @@ class LatteConfig(BaseModel):
     shape           (latents, height, width) of its training windows, the default of `sample.generate`
     scale           factors on row and column positions; less than 1 spreads a frame over the positions of the smaller
                     frames that a base has learned [PixArt-α, arXiv 2310.00426]
-    activation_checkpointing   recompute blocks in the backward pass: less memory, more time
+    activation_checkpointing   share of the blocks that the backward pass recomputes, true is all: less memory, more time
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -83,7 +88,7 @@ class LatteConfig(BaseModel):
     conditioning: float = Field(0.3, ge=0, le=1)
     shape: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
     scale: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0)
-    activation_checkpointing: bool = False
+    activation_checkpointing: Share = False
 
     @model_validator(mode="after")
     def _divides(self) -> LatteConfig:
@@ -108,7 +113,8 @@ class Block(nn.Module):
     """Attention among the tokens of a frame (`space`) or the frames of a token's position (`time`), then an MLP.
 
     Between the two the tokens attend to the text, where the model has it. Tokens `(B, T, N, D)`, their control
-    `(B, T or 1, D)` and what `TextIn` returns -> tokens. Starts as the identity.
+    `(B, T or 1, D)` and what `TextIn` returns -> tokens. Starts as the identity. `shares` are of ranks with a slice of the
+    positions each.
     """
 
     def __init__(self, config: LatteConfig, over: Literal["space", "time"]) -> None:
@@ -123,19 +129,27 @@ class Block(nn.Module):
         self.text = TextAttention(width, config.heads) if config.text_width else None
 
     def forward(
-        self, x: Tensor, control: Tensor, text: Tensor | None = None, text_seen: Tensor | None = None
+        self,
+        x: Tensor,
+        control: Tensor,
+        text: Tensor | None = None,
+        text_seen: Tensor | None = None,
+        shares: Shares | None = None,
     ) -> Tensor:
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(control)
-        x = (x + gate * self._attention(modulated(x, shift, scale))).to(x.dtype)
+        x = (x + gate * self._attention(modulated(x, shift, scale), shares)).to(x.dtype)
         if self.text is not None and text is not None:
             x = x + self.text(x, text, text_seen)
         return (x + mlp_gate * self.mlp(modulated(x, mlp_shift, mlp_scale))).to(x.dtype)
 
-    def _attention(self, x: Tensor) -> Tensor:
+    def _attention(self, x: Tensor, shares: Shares | None) -> Tensor:
         if self.over == "time":
             x = x.transpose(1, 2)
-        rows = self.qkv(x).flatten(0, 1).unflatten(-1, (3, self.heads, -1))
-        mixed = attention(*rows.permute(2, 0, 3, 1, 4))
+        rows = self.qkv(x).flatten(0, 1).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        if shares is not None and self.over == "space":
+            mixed = to_tokens(attention(*to_heads(rows.unbind(0), shares)), shares)
+        else:
+            mixed = attention(*rows)
         mixed = self.out(mixed.transpose(1, 2).flatten(2)).unflatten(0, x.shape[:2])
         return mixed.transpose(1, 2) if self.over == "time" else mixed
 
@@ -145,6 +159,8 @@ class Latte(Normalising):
 
     Inputs are cast to the dtype of the weights; outputs have it.
     """
+
+    sequence: SequenceGroup | None = None  # ranks that share a window
 
     def __init__(self, config: LatteConfig) -> None:
         super().__init__(config.channels)
@@ -190,8 +206,8 @@ class Latte(Normalising):
         Raises:
             ValueError: another shape, a class id that the model does not know, or text for a model without.
         """
-        hidden, control = self._hidden(x, t, condition, start, rng, self.config.depth)
-        tokens = self.token_out(modulated(hidden, *self.modulation_out(control)))
+        hidden, control, shares = self._hidden(x, t, condition, start, rng, self.config.depth)
+        tokens = whole(self.token_out(modulated(hidden, *self.modulation_out(control))), shares, 2)
         height, width = (side // self.config.patch for side in x.shape[3:])
         return unfold(tokens.unflatten(2, (height, width)).movedim(-1, 1), 1, self.config.patch)
 
@@ -201,9 +217,9 @@ class Latte(Normalising):
         """Hidden states after block `layer`, 1..depth (the paper probes 14 of 28): `(B, width, T, H/patch, W/patch)`."""
         if not 1 <= layer <= self.config.depth:
             raise ValueError(f"layer is {layer}; this model has blocks 1 to {self.config.depth}")
-        hidden, _ = self._hidden(x, t, condition, start, None, layer)
+        hidden, _, shares = self._hidden(x, t, condition, start, None, layer)
         height, width = (side // self.config.patch for side in x.shape[3:])
-        return hidden.unflatten(2, (height, width)).movedim(-1, 1)
+        return whole(hidden, shares, 2).unflatten(2, (height, width)).movedim(-1, 1)
 
     def _hidden(
         self,
@@ -213,8 +229,8 @@ class Latte(Normalising):
         start: Tensor | int,
         rng: torch.Generator | None,
         layers: int,
-    ) -> tuple[Tensor, Tensor]:
-        """Tokens `(B, T, N, D)` after the first `layers` blocks, and their control `(B, T or 1, D)`."""
+    ) -> tuple[Tensor, Tensor, Shares | None]:
+        """Tokens `(B, T, N, D)` after the first `layers` blocks, their control `(B, T or 1, D)`, and who has which of N."""
         self._check_shapes(x, t)
         times = t[:, None] if t.ndim == 1 else t
         control = self.time_in(frequencies(times).to(self.dtype))
@@ -225,18 +241,21 @@ class Latte(Normalising):
             control = control + vectors[:, None]
         text = text_tokens(self.text_in, condition, x, lost.text)
         patches = fold(x.to(self.dtype), 1, self.config.patch).movedim(1, -1)  # (B, T, h, w, C p p)
-        tokens = (self.token_in(patches) + self._positions(patches.shape, start, x.device)).flatten(2, 3)
-        for block in list(self.layers)[:layers]:
-            if self.config.activation_checkpointing and self.training:
-                tokens = checkpoint(block, tokens, control, *text, use_reentrant=False)
-            else:
-                tokens = block(tokens, control, *text)
-        return tokens, control
+        places = self._positions(patches.shape, start, x.device).flatten(2, 3)
+        shares = shares_of(self.sequence, places.shape[2])
+        tokens = self.token_in(own(patches.flatten(2, 3), shares, 2)) + own(places, shares, 2)
+        again = self.config.activation_checkpointing if self.training else 0.0
+        for number, block in enumerate(list(self.layers)[:layers]):
+            tokens = called(chosen(again, number, self.config.depth), block, tokens, control, *text, shares)
+        return tokens, control, shares
 
     def _positions(self, shape: Sequence[int], start: Tensor | int, device: torch.device) -> Tensor:
         """The sum of the embeddings of frame, row and column: `(B or 1, T, h, w, D)` in the dtype of the weights."""
         frames, height, width = shape[1:4]
-        later = (torch.as_tensor(start, device=device).reshape(-1, 1) > 0).long()
+        if not isinstance(start, Tensor):
+            # a number of the host is written by a kernel: a copy of it would wait for the device, in each solver step
+            start = torch.full((), start, device=device)
+        later = (start.to(device).reshape(-1, 1) > 0).long()
         time = sincos(torch.arange(frames, device=device) + later, self.config.width)
         rows, columns = (
             sincos((torch.arange(n, device=device) + 0.5) * scale - 0.5, self.config.width // 2)

@@ -18,6 +18,7 @@ from longtake.datasets.stage import DatasetInput, Input, ModelInput, StageConfig
 from longtake.datasets.text import Text
 from longtake.training import data
 from longtake.training.config import ModelName
+from longtake.training.models.common.recompute import Share
 from longtake.training.models.common.text import check_fields, check_settings, fields_of
 from longtake.training.models.generator import InfillSettings
 from longtake.training.models.mavin.measures import MeasuredConfig
@@ -84,7 +85,7 @@ class MavinConfig(BaseModel):
                   [paper: none]
     shape         (latents, height, width) of training windows
     gap           the shortest and the longest gap of training, in latents
-    activation_checkpointing   recompute blocks in the backward pass: less memory, more time
+    activation_checkpointing   share of the blocks that the backward pass recomputes, true is all: less memory, more time
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -114,7 +115,7 @@ class MavinConfig(BaseModel):
     mask_channel: bool = False
     shape: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
     gap: tuple[PositiveInt, PositiveInt] | None = None
-    activation_checkpointing: bool = False
+    activation_checkpointing: Share = False
 
     @model_validator(mode="after")
     def _divides(self) -> Self:

@@ -11,7 +11,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from longtake.training.models.common.causal import fold, unfold
 from longtake.training.models.common.dit import (
@@ -23,6 +22,7 @@ from longtake.training.models.common.dit import (
     sincos,
     start_weights,
 )
+from longtake.training.models.common.recompute import called, chosen
 from longtake.training.models.common.text import TextAttention
 from longtake.training.models.mavin.config import MavinConfig
 
@@ -99,11 +99,9 @@ class DiT(nn.Module):
         control = control + self.length_in(frequencies(length.float() / _LENGTHS).to(self.dtype))[:, None]
         patches = fold(x.to(self.dtype), 1, patch).movedim(1, -1)  # (B, T, h, w, C p p)
         hidden = (self.token_in(patches) + self._positions(patches)).flatten(2, 3)
-        for block in self.layers:
-            if self.config.activation_checkpointing and self.training:
-                hidden = checkpoint(block, hidden, control, tokens, seen, use_reentrant=False)
-            else:
-                hidden = block(hidden, control, tokens, seen)
+        share = self.config.activation_checkpointing if self.training else 0.0
+        for number, block in enumerate(self.layers):
+            hidden = called(chosen(share, number, len(self.layers)), block, hidden, control, tokens, seen)
         out = self.token_out(modulated(hidden, *self.modulation_out(control)))
         return unfold(out.unflatten(2, patches.shape[2:4]).movedim(-1, 1), 1, patch)
 

@@ -91,4 +91,6 @@ def boundary_frames(
     """The last frame before the span of each window and the first one of B, (B, 2, 3, H, W)."""
     places = [frames_of_span(codec, *span) for span in spans]
     rows = zip(video, places, early or [0] * len(spans), strict=True)
-    return torch.stack([one[:, [begin - 1, stop - sooner]].transpose(0, 1) for one, (begin, stop), sooner in rows])
+    # not by a list as an index, which would be copied to the device and waited for
+    pairs = [torch.stack([one[:, begin - 1], one[:, stop - sooner]]) for one, (begin, stop), sooner in rows]
+    return torch.stack(pairs)

@@ -289,7 +289,7 @@ def draw(config: Config, setup: Setup, seed: int, places: Sequence[int], learnin
     limits = torch.tensor([config.flip, model.text_dropout, model.image_dropout]) * learning
     flipped, textless, blind = (torch.stack(chances) < limits).unbind(1)
     t = shifted(torch.sigmoid(config.time_mean + config.time_std * torch.stack(normal)), config.shift)
-    on = partial(torch.Tensor.to, device=device())
+    on = partial(torch.Tensor.to, device=device(), non_blocking=True)
     return Draws(
         on(torch.stack(masks)), spans, early, on(t), on(torch.stack(noise)), *map(on, (flipped, textless, blind))
     )
@@ -306,7 +306,9 @@ def _loss(config: Config, setup: Setup, turn: Turn) -> tuple[Tensor, Terms]:
     x = spanning.noised(x0, draws.noise, draws.t, draws.mask)
     times = spanning.times_of(draws.t, draws.mask, setup.model.config.clean_time)
     hints = hints_of(setup, turn.batch, video, draws.spans, draws.early, draws.textless, draws.blind)
-    length = gap_frames(setup.codec, 1) * draws.mask.sum(1) - torch.tensor(draws.early).to(draws.mask.device)
+    length = gap_frames(setup.codec, 1) * draws.mask.sum(1) - torch.tensor(draws.early).to(
+        draws.mask.device, non_blocking=True
+    )
     velocity = turn.engines[turn.name](x, times, length, *hints)
 
     losses = spanning.loss(velocity, x0, draws.noise, draws.mask)

@@ -86,7 +86,7 @@ def initial(mixer: Mixer, before: Tensor, after: Tensor, length: int, draws: tup
     diffused = mixer.signal * x0 + (1 - mixer.signal**2) ** 0.5 * eta
     high = eta if mixer.noise == "same" else noise(2, eta.shape[1])
     dims = (-3, -2, -1) if mixer.kind == "paper" else (-2, -1)
-    mixed = mix(diffused, high, lpf.to(eta.device), dims, keep_variance=mixer.noise == "fresh")
+    mixed = mix(diffused, high, lpf, dims, keep_variance=mixer.noise == "fresh")
     return mixed[:, first : first + length]
 
 
@@ -126,13 +126,14 @@ def mix(low: Tensor, high: Tensor, lpf: Tensor, dims: tuple[int, ...], keep_vari
     Exactly `low` where the filter is 1 everywhere, and `high` where it is 0.
 
     Args:
-        lpf: the filter over `dims`, symmetric as frequencies of `fftfreq` are, so that the result is real.
+        lpf: the filter over `dims`, on the host, symmetric as frequencies of `fftfreq` are, so that the result is real.
         keep_variance: weights are square roots, for two independent noises; else they add up to 1.
     """
     if (lpf == 1).all():
         return low.float()
     if (lpf == 0).all():
         return high.float()
+    lpf = lpf.to(low.device)
     weights = (lpf.sqrt(), (1 - lpf).sqrt()) if keep_variance else (lpf, 1 - lpf)
     spectra = (torch.fft.fftn(each.double(), dim=dims) for each in (low, high))
     total = sum(weight * spectrum for weight, spectrum in zip(weights, spectra, strict=True))

@@ -8,6 +8,7 @@ space. What is not in that class: each latent may have its own time, and the len
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,10 +19,10 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from longtake.datasets.errors import Failure, UserError
 from longtake.training.models.common.dit import attention, sincos
+from longtake.training.models.common.recompute import called, chosen
 from longtake.training.models.mavin.config import MavinConfig
 
 _FIELDS = {  # of MavinConfig, as a public config.json names them
@@ -277,8 +278,12 @@ class UNet(nn.Module):
         return self.conv_in.weight.dtype
 
     def blocks(self) -> Iterator[nn.Module]:
-        """The levels in order."""
-        yield from (*self.down_blocks, self.mid_block, *self.up_blocks)
+        """The parts of the levels in order. A level itself is never called, so that compiling it would do nothing."""
+        for level in self._levels():
+            yield from (*level.resnets, *level.temp_convs, *level.attentions, *level.temp_attentions)
+
+    def _levels(self) -> list[Any]:
+        return [*self.down_blocks, self.mid_block, *self.up_blocks]
 
     def forward(
         self, x: Tensor, times: Tensor, length: Tensor, tokens: Tensor | None = None, seen: Tensor | None = None
@@ -291,12 +296,12 @@ class UNet(nn.Module):
         if tokens is None:
             tokens = x.new_zeros(len(x), 1, self.config.cross_width, dtype=self.dtype)
 
+        share = self.config.activation_checkpointing if self.training else 0.0
+        count, places = sum(len(level.resnets) for level in self._levels()), itertools.count()
+
         def layer(level: Any, number: int, hidden: Tensor) -> Tensor:
-            if self.config.activation_checkpointing and self.training:
-                out = checkpoint(level.layer, number, hidden, control, tokens, seen, use_reentrant=False)
-                assert isinstance(out, Tensor)
-                return out
-            made: Tensor = level.layer(number, hidden, control, tokens, seen)
+            again = chosen(share, next(places), count)
+            made: Tensor = called(again, level.layer, number, hidden, control, tokens, seen)
             return made
 
         x = self.transformer_in(_video(self.conv_in(_frames(x.to(self.dtype))), frames))

@@ -11,6 +11,7 @@ from longtake.datasets.loader.streams import Lengths
 from longtake.datasets.stage import DatasetInput, Input, Measuring, ModelInput, StageConfig, ViewInput
 from longtake.training import data
 from longtake.training.config import LoraConfig, ModelName, Pattern, TrainConfig
+from longtake.training.live.config import LIVE, LatentsInput, LiveConfig, check_live, live_of
 from longtake.training.models.common.text import check_settings
 from longtake.training.models.memory.dit_config import MemoryDiTConfig, config_from_preset
 from longtake.training.models.memory.history import history_lengths
@@ -39,8 +40,10 @@ class MemoryConfig(TrainConfig):
     """The settings that both stages share. "Assumption" marks what the paper (arXiv 2512.23851) does not give.
 
     dataset           to train on
-    latents           of the dataset, with `join_seconds`
-    low_latents       with the `shrink` of the rates, for the low-res branch
+    latents           of the dataset, with `join_seconds`; `live` encodes while training goes on
+    low_latents       with the `shrink` of the rates, for the low-res branch; `live` where latents are
+    encoder           of `latents: live`: the model that encodes
+    live              of `latents: live`: how it encodes, with `join_seconds`
     view              which clips to use; null uses all
     pooled            for a base that takes a vector of each text (HunyuanVideo): of the captions of `text` by the pipeline's
                       second text encoder
@@ -66,11 +69,14 @@ class MemoryConfig(TrainConfig):
     eval_clips        held-out clips to measure, at most, over all processes
     """
 
-    LATER: ClassVar = {"fps": None, "pooled": None}
+    SHARED: ClassVar[bool] = True
+    LATER: ClassVar = {"fps": None, "pooled": None, "encoder": None, "live": None}
 
     dataset: DatasetInput
-    latents: Annotated[str, Input("latents")]
-    low_latents: Annotated[str, Input("latents")] | None = None
+    latents: LatentsInput
+    low_latents: LatentsInput | None = None
+    encoder: ModelInput | None = None
+    live: LiveConfig | None = None
     view: ViewInput | None = None
     pooled: Annotated[str, Input("text")] | None = None
     vae: ModelInput | None = None
@@ -102,6 +108,7 @@ class MemoryConfig(TrainConfig):
 
     @model_validator(mode="after")
     def _check_model(self) -> "MemoryConfig":
+        check_live(self)
         model = self.model or {}
         check_settings(model, getattr(self, "text", None))
         if self.base is None:
@@ -158,9 +165,10 @@ def check(config: MemoryConfig, inputs: Mapping[str, StageConfig]) -> None:
     """Refuse latents of another dataset, encoder or scale, texts of another dataset, and histories and segments that the
     latents are too short for."""
     data.check_recipe(config, inputs, ("latents", "low_latents", "text", "pooled"), config.frames)
-    latents: Any = inputs.get("latents")
-    low: Any = inputs.get("low_latents")
-    if latents is not None and low is not None:
+    live: Any = live_of(config)
+    latents: Any = live or inputs.get("latents")
+    low: Any = live if config.low_latents == LIVE else inputs.get("low_latents")
+    if latents is not None and low is not None and not live:
         if latents.encoder != low.encoder:
             raise ValueError(f"low_latents: are of another encoder, {low.encoder}, than latents, {latents.encoder}")
         if latents.join_seconds != low.join_seconds:
@@ -173,7 +181,8 @@ def check(config: MemoryConfig, inputs: Mapping[str, StageConfig]) -> None:
         if longest < needed:
             raise ValueError(
                 f"latents: streams of at most {longest:g} s have no room for {config.least_seconds:g} s of history and a"
-                f" segment; set join_seconds: {math.ceil(3 * needed)} in their stage, or lower history_seconds"
+                f" segment; set {'live.' if live else ''}join_seconds: {math.ceil(3 * needed)}{'' if live else ' in their stage'},"
+                " or lower history_seconds"
             )
     if config.base is None and (low is not None or config.low_latents is None):
         try:

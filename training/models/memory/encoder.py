@@ -12,10 +12,10 @@ from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from longtake.training.models.common.causal import CausalConv3d, fold
 from longtake.training.models.common.dit import attention
+from longtake.training.models.common.recompute import called, chosen
 from longtake.training.models.common.streaming import Past
 from longtake.training.models.memory.tokens import (
     Memory,
@@ -73,7 +73,7 @@ class Encoder(nn.Module):
         widths: tuple[int, ...] = (64, 128, 256, 512),
         heads: int = 8,
         shrink: tuple[int, int] | None = None,
-        checkpointing: bool = False,
+        checkpointing: bool | float = False,
     ) -> None:
         """
         Args:
@@ -81,7 +81,7 @@ class Encoder(nn.Module):
             width: of the transformer.
             shrink: the factors (height, width) that the low branch's video was scaled down by, divisors of the rate,
                 which is the default; where they are smaller, neighbouring patches are averaged.
-            checkpointing: training recomputes the convolutions in the backward pass.
+            checkpointing: share of the convolutions that training recomputes in the backward pass.
         """
         super().__init__()
         self.rate, self.patch, self.branches, self.checkpointing = rate, patch, branches, checkpointing
@@ -145,11 +145,10 @@ class Encoder(nn.Module):
         rows, columns, time = self.rate
         x = whole_cells(x, "high", (time, self.patch * rows, self.patch * columns))
         x, stride = fill_front(x.to(self.stem.weight.dtype), skip), 1
-        for layer in [self.stem, *self.down]:
-            if self.checkpointing and self.training and past is None:
-                x = checkpoint(_activated, layer, x, past, use_reentrant=False)
-            else:
-                x = _activated(layer, x, past)
+        share = self.checkpointing if self.training and past is None else 0.0
+        layers = [self.stem, *self.down]
+        for number, layer in enumerate(layers):
+            x = called(chosen(share, number, len(layers)), _activated, layer, x, past)
             stride *= layer.stride[0]
             x = fill_front(x, None if skip is None else skip // stride)
         return self.among(x).movedim(1, -1)

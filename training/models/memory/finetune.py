@@ -198,8 +198,15 @@ def _loss(config: Config, model: MemoryModel, turn: Turn) -> tuple[Tensor, Terms
 
 def _by_start(losses: Tensor, starts: Tensor) -> dict[str, Tensor]:
     """The mean loss of segments that begin a video and of later ones, as far as a batch has them."""
-    parts = {"loss_start": losses[starts], "loss_later": losses[~starts]}
-    return {name: part.mean() for name, part in parts.items() if len(part)}
+    # by numbers of the host: a mask of the device would have to be counted
+    chosen: dict[str, list[int]] = {"loss_start": [], "loss_later": []}
+    for number, begins in enumerate(starts.tolist()):
+        chosen["loss_start" if begins else "loss_later"].append(number)
+    return {
+        name: losses[torch.tensor(numbers).to(losses.device, non_blocking=True)].mean()
+        for name, numbers in chosen.items()
+        if numbers
+    }
 
 
 def largest(config: Config, inputs: Mapping[str, Source], count: int) -> Largest:

@@ -20,6 +20,7 @@ from longtake.training.models.memory.model_config import MemoryModelConfig
 from longtake.training.models.memory.stretch import Stretch, skip_or_none
 from longtake.training.models.memory.tokens import Memory
 
+ON_HOST = ("history_steps", "stream_step")  # of a batch: they decide how long a history is
 _CHUNK = 32  # frames on the device at once
 
 
@@ -46,8 +47,8 @@ def history_lengths(dit: MemoryModelConfig, no_history: float = 0.0, least: int 
 
 
 def true_lengths(batch: Mapping[str, Any], most: int) -> Tensor:
-    """The number of latents of history that each sample truly has, `(B,)`, capped at `most`."""
-    return batch["history_steps"].clamp(max=most)
+    """The number of latents of history that each sample truly has, `(B,)` on the host, capped at `most`."""
+    return batch["history_steps"].cpu().clamp(max=most)
 
 
 def stretch_of(
@@ -79,8 +80,9 @@ def stretch_of(
     low = model.normalise_low(moments(low_column).mode()) if low_column else None
     full = moments("latent")
     high = model.normalise(full.sample(rng) if posterior == "sample" else full.mode())
-    places = batch["stream_step"][:, None] - most + torch.arange(high.shape[2], device=high.device)
-    return Stretch(high, low, room - most, places == 0, skip_or_none(most - true_lengths(batch, most)))
+    first = batch["stream_step"].cpu()[:, None] - most + torch.arange(high.shape[2]) == 0
+    first = first.to(high.device, non_blocking=True)
+    return Stretch(high, low, room - most, first, skip_or_none(most - true_lengths(batch, most)))
 
 
 class Segment(NamedTuple):
@@ -142,7 +144,8 @@ def split_segment(stretch: Stretch, length: int, position: Tensor, config: Memor
         position: `(B,)`, latents of the video before the segment. The last of these, which fill no group, are not in the
             memory, but among the recent ones.
     """
-    most = stretch.high.shape[2] - length
+    # counts stay on the host: they decide what is computed
+    most, position, on = stretch.high.shape[2] - length, position.cpu(), stretch.high.device
     lengths, lag, remembered = _in_groups(stretch, most, position, config.group)
     if config.variant.empty:
         remembered = torch.zeros_like(remembered)
@@ -155,22 +158,22 @@ def split_segment(stretch: Stretch, length: int, position: Tensor, config: Memor
     if not config.variant.empty:
         history = stretch.ending(most, lag, _memory_length(config, most, remembered), remembered)
 
-    begin, index = most - recent, torch.arange(recent + length, device=recents.device)
+    begin, index = most - recent, torch.arange(recent + length)
     seen = index >= (recent - recents)[:, None]
     return Segment(
         history,
         stretch.high[:, :, begin:],
         recent,
-        stretch.start + begin + index + lag[:, None],
+        (stretch.start + begin + index + lag[:, None]).to(on, non_blocking=True),
         stretch.first[:, begin:],
-        None if bool(seen.all()) else seen,
+        None if bool(seen.all()) else seen.to(on, non_blocking=True),
     )
 
 
 def cut_to_groups(stretch: Stretch, position: Tensor, config: MemoryModelConfig) -> Stretch:
     """Each sample's latents in whole groups, of a stretch that ends `position` `(B,)` latents after its video's beginning."""
     total = stretch.high.shape[2]
-    _, lag, remembered = _in_groups(stretch, total, position, config.group)
+    _, lag, remembered = _in_groups(stretch, total, position.cpu(), config.group)
     return stretch.ending(total, lag, _memory_length(config, total, remembered), remembered)
 
 

@@ -174,6 +174,7 @@ class MemoryModel(Normalising, ABC):
             return Memory(empty, torch.empty(0, 3, device=high.device), empty[..., :0])
         high = self.first(high, first)
         low = None if low is None else self.first(low, first)
+        skip = None if skip is None else skip.to(high.device, non_blocking=True)
         return run_encoders(list(self.memory), self._project, high, low, start, pasts, skip)
 
     def append(

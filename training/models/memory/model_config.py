@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
+from longtake.training.models.common.recompute import Share
 from longtake.training.models.memory.tokens import parse_rate
 from longtake.training.models.memory.variants import VARIANTS, Variant
 
@@ -23,7 +24,8 @@ class MemoryModelConfig(BaseModel):
     shape           (T, H, W) in latents of a segment, which is generated at once
     window          recent latents, clean beside the memory [paper: 3]; config.json has this name
     history_noise   most noise, as a time of the flow, that its history had in training; it sees the level
-    activation_checkpointing   recompute blocks and convolutions in the backward pass: less memory, more time
+    activation_checkpointing   share of the blocks, and of an encoder's convolutions, that the backward pass recomputes, true is
+                    all: less memory, more time
 
     A config of a transformer adds its own numbers, and has
 
@@ -44,7 +46,7 @@ class MemoryModelConfig(BaseModel):
     shape: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
     window: NonNegativeInt = 3
     history_noise: float = Field(0.0, ge=0, lt=1)
-    activation_checkpointing: bool = False
+    activation_checkpointing: Share = False
 
     if TYPE_CHECKING:
 

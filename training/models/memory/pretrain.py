@@ -123,7 +123,7 @@ def _loss(config: Config, model: MemoryModel, turn: Turn) -> tuple[Tensor, Terms
     velocity = turn.engines[turn.name](x, t, stretch.start + omega, remembered, of_batch(batch), rng, first)
     loss = flow.loss(velocity, x0, noise).mean()
     terms = {"loss": loss.detach(), "history_steps": batch["history_steps"].float().mean()}
-    return loss, terms | {"retrieved": loss.new_tensor(float(omega.shape[1]))}
+    return loss, terms | {"retrieved": loss.new_full((), float(omega.shape[1]))}
 
 
 def masked(config: Config, stretch: Stretch, omega: Tensor, rng: torch.Generator) -> Stretch:

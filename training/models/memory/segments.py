@@ -217,11 +217,11 @@ def _chunks(job: _Job) -> Iterator[np.ndarray]:
         frames, lows = [], []
         for latent in latents.split(1, dim=2):
             video = decode(latent)
-            frames.append(to_pixels(video).permute(0, 2, 3, 4, 1).cpu().numpy())
+            frames.append(to_pixels(video).permute(0, 2, 3, 4, 1))
             if shrink:
                 lows.append(encode(shrunk(video.float().clamp(-1, 1), shrink, vae.config.spatial_stride)))
         history.append(latents, torch.cat(lows, dim=2) if lows else None)
-        return np.concatenate(frames, axis=1)
+        return torch.cat(frames, dim=1).cpu().numpy()
 
     if job.folder:
         parts.open_folder(job.folder, job.record())

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from longtake.datasets.errors import UserError
+from longtake.datasets.latents import Latents
 from longtake.datasets.loader import Loader, to_pixels
 from longtake.training import data as common
 from longtake.training import sizes
 from longtake.training.engines import device
-from longtake.training.fit import Largest, Source, made_by, module_of
+from longtake.training.fit import Largest, Source, made_by
 from longtake.training.foreign.backbone import BackboneConfig
 from longtake.training.models.common.codec import Codec
 from longtake.training.models.common.text import fields_of
@@ -34,7 +35,7 @@ from longtake.training.models.memory.data import (
 from longtake.training.models.memory.dit import MemoryDiT
 from longtake.training.models.memory.dit_config import MemoryDiTConfig
 from longtake.training.models.memory.foreign import MemoryBackbone, MemoryBackboneConfig
-from longtake.training.models.memory.history import full_tokens
+from longtake.training.models.memory.history import ON_HOST, full_tokens
 from longtake.training.models.memory.model import MemoryModel
 from longtake.training.models.memory.model_config import MemoryModelConfig
 from longtake.training.objective import Engines, Objective, Terms, Turn
@@ -80,6 +81,7 @@ def objective_of(
         tokens=partial(full_tokens, setup.model.config.patch),
         blocks=list(setup.model.blocks()),
         heldout=heldout_of(config, setup),
+        on_host=ON_HOST,
     )
 
 
@@ -154,8 +156,8 @@ def largest_of(
         batch["pooled_mask"] = torch.ones(count, 1, dtype=torch.bool)
     assert window.encoder
     made = MemoryBackbone(model) if isinstance(model, MemoryBackboneConfig) else MemoryDiT(model)  # type: ignore[arg-type]
-    objective = Objective({"model": made}, partial(loss, config, made))
-    return Largest(objective, batch, (module_of(window.encoder),))
+    objective = Objective({"model": made}, partial(loss, config, made), on_host=ON_HOST)
+    return Largest(objective, batch, sizes.beside(config, window.encoder))
 
 
 def shift_of(config: MemoryConfig, model: MemoryModel) -> float:
@@ -178,7 +180,7 @@ def facts_of(config: MemoryConfig, setup: Setup, lineage: Mapping[str, Any]) -> 
         stage        "retrieval" (of `pretrain_memory`) or "generation" (of `finetune_memory_prior`)
         rates        ["4x4x2"] and so on; [] for a memory without rates
         vae          {"uri", "sha256", "encoder"}: what decodes, and encodes what is appended; `encoder` is its digest
-        latents      {"uri", "digest"}: the column that it has learned from
+        latents      {"uri", "digest"}: the column that it has learned from; {"column", "encoder", "live"} of live latents
         low_latents  {"uri", "digest", "shrink": [4, 4]}: the column of the low-res branch; null without one
         text         {"uri", "digest", "encoder"}: the texts that it has learned, or its base; null for a model without
         pooled       the same of vectors of the texts; only of a model that takes such
@@ -194,8 +196,8 @@ def facts_of(config: MemoryConfig, setup: Setup, lineage: Mapping[str, Any]) -> 
     return {
         "rates": list(dit.rates) if dit.variant.rated else [],
         "vae": inputs["vae"] | {"encoder": data.latents.encoder["digest"]},
-        "latents": inputs["latents"],
-        "low_latents": inputs["low_latents"] | {"shrink": list(data.low.shrink)} if data.low else None,
+        "latents": common.latents_facts(data.latents, inputs),
+        "low_latents": _low_facts(data.low, inputs) if data.low else None,
         "text": common.text_facts(setup.text, inputs.get("text")) or _of_base(inputs, "text"),
         **({"pooled": pooled} if pooled else {}),
         "classes": list(setup.classes),
@@ -208,6 +210,10 @@ def facts_of(config: MemoryConfig, setup: Setup, lineage: Mapping[str, Any]) -> 
         },
         "history": {"seconds": config.history_seconds, "steps": dit.history},
     }
+
+
+def _low_facts(low: Latents, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    return common.latents_facts(low, inputs, "low_latents") | {"shrink": list(low.shrink)}
 
 
 def _of_base(inputs: Mapping[str, Any], field: str) -> dict[str, Any] | None:

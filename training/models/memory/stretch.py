@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from longtake.training.models.common import flow
+from longtake.training.models.common.draws import on_host
 
 
 class Stretch(NamedTuple):
@@ -16,7 +17,7 @@ class Stretch(NamedTuple):
     low    (B, C, T, h, w) of the scaled-down video, normalised with their own statistics; None without a low-res branch
     start  time of the first latent, counted in latents; what is cut off at the front does not change the times of the rest
     first  (B, T) bool, which latents are a video's first
-    skip   (B,) leading latents that a sample does not have; None: each has all
+    skip   (B,) leading latents that a sample does not have, on the host; None: each has all
     """
 
     high: Tensor
@@ -30,7 +31,7 @@ class Stretch(NamedTuple):
 
         All get the times of a sample without a lag: what a lagging sample sees beside them must be that much later.
         """
-        index = (end - lag[:, None] - count + torch.arange(count, device=lag.device)).clamp(min=0)
+        index = (end - lag[:, None] - count + torch.arange(count)).clamp(min=0).to(self.high.device, non_blocking=True)
         part = self.apply(lambda latents: gather_latents(latents, index))
         first, skip = self.first.gather(1, index), skip_or_none(count - lengths)
         return part._replace(start=self.start + end - count, first=first, skip=skip)
@@ -43,7 +44,7 @@ class Stretch(NamedTuple):
 
 
 def skip_or_none(skip: Tensor) -> Tensor | None:
-    """`skip` `(B,)`, or None where no sample lacks any latent."""
+    """`skip` `(B,)` of the host, or None where no sample lacks any latent."""
     return skip if bool(skip.any()) else None
 
 
@@ -56,14 +57,15 @@ def draw_omega(batch: int, latents: int, most: int, rng: torch.Generator, skip: 
     """Draw Ω, the latents to retrieve: `(batch, k)` distinct ones of 0..latents-1 in order, for each sample its own.
 
     k is uniform in 1..most (at most what every sample has) and the same for all samples of a call [assumption: 1 to 4].
-    The first `skip` `(batch,)` latents are never drawn.
+    The first `skip` `(batch,)` latents, on the host, are never drawn.
     """
     device = rng.device
     fewest = latents if skip is None else latents - int(skip.max())
-    count = 1 + int(torch.randint(min(most, fewest), (), generator=rng, device=device))
+    count = 1 + int(torch.randint(min(most, fewest), (), generator=on_host(rng)))
     ranks = torch.rand(batch, latents, generator=rng, device=device)
     if skip is not None:
-        ranks = torch.where(torch.arange(latents, device=device) < skip[:, None], 1.0, ranks)
+        never = (torch.arange(latents) < skip[:, None]).to(device, non_blocking=True)
+        ranks = torch.where(never, 1.0, ranks)
     return ranks.argsort(1)[:, :count].sort(1).values
 
 

@@ -33,6 +33,7 @@ from longtake.training.models.common.causal import (
     unfold,
 )
 from longtake.training.models.common.codec import Posterior
+from longtake.training.models.common.recompute import Share, chosen
 from longtake.training.models.common.streaming import Past, regroup, stream, tiled
 
 # fmt: off
@@ -58,7 +59,7 @@ class PVVAEConfig(BaseModel):
     attention         spatial attention between the two res blocks in the middle [nearest public design: yes]
     padding           replaces unseen latents: a learned `token` [paper; assumption: one (1, C, 1, 1, 1) parameter,
                       from zero] or `noise` from N(0, 1) [paper]
-    activation_checkpointing   recompute res blocks in the backward pass: less memory, more time
+    activation_checkpointing   share of the res blocks that the backward pass recomputes, true is all: less memory, more time
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -73,7 +74,7 @@ class PVVAEConfig(BaseModel):
     temporal_downs: NonNegativeInt = 2
     attention: bool = True
     padding: Literal["token", "noise"] = "token"
-    activation_checkpointing: bool = False
+    activation_checkpointing: Share = False
 
     @model_validator(mode="after")
     def _stages_fit(self) -> PVVAEConfig:
@@ -114,7 +115,7 @@ def config_from_preset(preset: str, **overrides: Any) -> PVVAEConfig:
 
 
 def _blocks(count: int, width: int, config: PVVAEConfig) -> list[nn.Module]:
-    return [ResBlock(width, config.activation_checkpointing) for _ in range(count)]
+    return [ResBlock(width) for _ in range(count)]
 
 
 def _middle(width: int, config: PVVAEConfig) -> Chain:
@@ -168,6 +169,9 @@ class PVVAE(VideoAutoencoder):
         self.encoder = _encoder(config)
         self.decoder = _decoder(config)
         self.padding = LatentPadding(config.latent_channels, config.padding)
+        blocks = [module for module in self.modules() if isinstance(module, ResBlock)]
+        for number, block in enumerate(blocks):
+            block.checkpointing = chosen(config.activation_checkpointing, number, len(blocks))
 
     @property
     def dtype(self) -> torch.dtype:

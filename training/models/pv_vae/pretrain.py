@@ -35,6 +35,7 @@ from longtake.training.models.common.adversarial import GANConfig
 from longtake.training.models.common.autoencoder import VideoAutoencoder
 from longtake.training.models.common.codec import latent_groups, load_codec, nearest_lengths
 from longtake.training.models.common.patchgan import PatchGAN
+from longtake.training.models.common.recompute import Share
 from longtake.training.models.pv_vae.evaluate import Frames
 from longtake.training.models.pv_vae.evaluate import evaluate as measure
 from longtake.training.models.pv_vae.model import PVVAE, PVVAEConfig, config_from_preset
@@ -68,7 +69,8 @@ class Config(GANConfig, EvaluatedConfig):
     model                   a preset with fields of PVVAEConfig to change: `{preset: pv_vae}`; null is the parent's
     padding                 what a parent that does not predict yet gets in place of unseen latents; without effect if nothing
                             is dropped
-    recompute               a parent's res blocks in the backward pass: less memory, more time; null: as its config says
+    recompute               share of a parent's res blocks that the backward pass recomputes, true is all: less memory, more time;
+                            null: as its config says
     frames                  of a window, 1 + 4n
     stride                  take every n-th frame
     sizes                   height and width of windows; batches of each in turn
@@ -94,7 +96,7 @@ class Config(GANConfig, EvaluatedConfig):
     name: ModelName = "pv-vae"
     model: dict[str, Any] | None = None
     padding: Literal["token", "noise"] = "token"
-    recompute: bool | None = None
+    recompute: Share | None = None
     frames: int = Field(17, ge=1)
     stride: int = Field(1, ge=1)
     sizes: tuple[tuple[int, int], ...] = Field(((256, 256),), min_length=1)

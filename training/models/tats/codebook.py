@@ -11,7 +11,7 @@ fp32 when the weights are cast. Every rank adds up the same sums, so any number 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
@@ -60,16 +60,21 @@ class Codebook(nn.Module):
         self.register_buffer("counts", torch.ones(codes))
         self.register_buffer("sums", self.codes.clone())
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        self._moved = False
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Usage]:
         """Codes in the dtype and with the gradient of `z` (straight through), their numbers `(B, t, h, w)`, and the usage."""
         rows = z.detach().movedim(1, -1).reshape(-1, z.shape[1]).float()
-        if self.training and not self.updates:
-            self._seed(rows)
+        if self.training and not self._moved:
+            # asked of the device until it is so, and not in each step
+            self._moved = bool(self.updates)
+            if not self._moved:
+                self._seed(rows)
         numbers = self._nearest(rows)
         tokens = numbers.view(z.shape[0], *z.shape[2:])
         code = self.embed(tokens)
-        counts = torch.bincount(numbers, minlength=len(self.codes)).float()
+        # as `bincount`, which asks the device for the largest number; sums of ones are exact
+        counts = torch.zeros_like(self.counts).index_add_(0, numbers, torch.ones_like(numbers, dtype=torch.float32))
         if self.training:
             counts = self._move(rows, numbers, counts)
         # in this order the value is exactly the code's
@@ -121,6 +126,7 @@ class Codebook(nn.Module):
         mean = self.counts.mean()
         dead = self.counts < self.restart * mean
         # every rank knows the same counts, and so draws, or does not
+        # here the host waits for the device, and again where a code is dead: how many are decides what is drawn
         if not dead.any():
             return
         drawn = self._drawn(rows, int(dead.sum()))
@@ -141,6 +147,10 @@ class Codebook(nn.Module):
         noise = torch.randn(drawn.shape, generator=draws)
         noise[: len(rows)] = 0
         return drawn + noise.to(drawn) * (_NOISE / rows.shape[1] ** 0.5)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._moved = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = dict(self._buffers)

@@ -1,7 +1,7 @@
 """The settings of `pretrain_tats`, and their agreement with the stages before it."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -39,6 +39,8 @@ class Config(TrainConfig):
     every          latent frames from an anchor to the next [paper: 4]
     classes        learn the dataset's labels
     words          most tokens in the vocabulary of `captions`; null is 1024 [MUGEN's code; paper: CLIP's 49,408]
+    loss_chunk     windows' tokens whose logits there are at once; null: those of all. With fewer the backward pass makes
+                   them again: less memory, more time
     steps          of training [paper: 500,000; 30,000 for interpolate]
     batch          windows in a step [paper: 24]
     lr             learning rate [code: 1.08e-4]
@@ -63,6 +65,9 @@ class Config(TrainConfig):
     eval_splits    parts of the videos whose inception scores are averaged [StyleGAN-V: 10]
     """
 
+    SHARED: ClassVar[bool] = True
+    LATER: ClassVar = {"loss_chunk": None}
+
     kind: Literal["pretrain_tats"]
     dataset: DatasetInput
     tokens: Annotated[str, Input("tokens")]
@@ -78,6 +83,7 @@ class Config(TrainConfig):
     every: int = Field(4, ge=2)
     classes: bool = False
     words: int | None = Field(None, ge=2)
+    loss_chunk: int | None = Field(None, ge=1)
     steps: int = Field(500_000, ge=1)
     batch: int = Field(24, ge=1)
     lr: float = Field(1.08e-4, gt=0)

@@ -8,6 +8,9 @@ through any number of blocks.
 
 Not the paper's: its interpolation reads frames in order of time, with a mask, and counts the anchors in its loss; its head
 has logits for the conditions' ids too; its conditions are padded by a token that has a meaning.
+
+Ranks that share a window (`common/sequence.py`) have each a stretch of the sequence, one after the other, so that a causal
+mask holds once attention has exchanged tokens for heads. What a cache continues is whole on every rank.
 """
 
 from __future__ import annotations
@@ -17,10 +20,11 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from longtake.datasets.tokens import NO_SOUND
 from longtake.training.models.common.condition import NO_CLASS, Condition, Hidden, check_classes, draw_hidden
+from longtake.training.models.common.recompute import called, chosen
+from longtake.training.models.common.sequence import SequenceGroup, Shares, own, shares_of, to_heads, to_tokens, whole
 from longtake.training.models.common.text import TextAttention, TextIn, text_tokens
 from longtake.training.models.tats.gpt_config import TATSConfig
 
@@ -61,7 +65,10 @@ class Cache:
 
 
 class Block(nn.Module):
-    """Attention among tokens `(B, n, D)`, then to the text where the model has it, then an MLP."""
+    """Attention among tokens `(B, n, D)`, then to the text where the model has it, then an MLP.
+
+    `shares` are of ranks with some of the tokens each; the mask is of all tokens.
+    """
 
     def __init__(self, config: TATSConfig) -> None:
         super().__init__()
@@ -82,11 +89,16 @@ class Block(nn.Module):
         text: Tensor | None = None,
         text_seen: Tensor | None = None,
         cache: Cache | None = None,
+        shares: Shares | None = None,
     ) -> Tensor:
         query, key, value = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if cache is not None:
             key, value = cache.extended(self, key, value)
+        if shares is not None:
+            query, key, value = to_heads((query, key, value), shares)
         mixed = F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal)
+        if shares is not None:
+            mixed = to_tokens(mixed, shares)
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
         if self.text is not None and text is not None:
             keys = cache.text_keys(self.text, text) if cache is not None else None
@@ -98,6 +110,7 @@ class TATS(nn.Module):
     """Logits of the tokens of a window, each given the conditions and the tokens before it in `config.order`."""
 
     places: Tensor
+    sequence: SequenceGroup | None = None  # ranks that share a window
 
     def __init__(self, config: TATSConfig) -> None:
         super().__init__()
@@ -124,8 +137,10 @@ class TATS(nn.Module):
         *,
         last: int,
         cache: Cache | None = None,
+        targets: Tensor | None = None,
+        chunk: int | None = None,
     ) -> Tensor:
-        """Logits `(B, last, codes)` of the tokens that follow the last ones.
+        """Logits `(B, last, codes)` of the tokens that follow the last ones; or, given those, the loss of a training.
 
         Args:
             tokens: `(B, n)`, from the beginning of the sequence (see `TATSConfig.sequence`), or what follows the cache's.
@@ -133,6 +148,8 @@ class TATS(nn.Module):
                 After the first call with a cache it has no effect.
             rng: draws what training hides.
             cache: takes part in inference only.
+            targets: the tokens that follow `(B, last)`; returns the mean of their cross-entropy.
+            chunk: of those tokens, logits there are at once; None: of all (see `chunked_loss`).
 
         Raises:
             ValueError: conditions that the model has not learned.
@@ -153,22 +170,25 @@ class TATS(nn.Module):
             if cache is not None:
                 cache.seen, cache.text = seen, text
         end = start + ids.shape[1]
-        x = self.token_in(ids) + self.position_in(self.places[start:end])
+        shares = shares_of(self.sequence, end) if cache is None else None
+        x = self.token_in(own(ids, shares, 1)) + self.position_in(own(self.places[start:end], shares, 0))
         if config.mode == "interpolate":
             mask, causal = attended(start, end, config.conditions + config.given * config.cells, seen, x.device)
         else:
             mask, causal = attended(start, end, 0, seen, x.device)
-        for block in self.blocks():
+        share = config.activation_checkpointing if self.training else 0.0
+        for number, block in enumerate(self.blocks()):
             if cache is not None:
                 # past what is compiled, which would be compiled anew as the cache grows
                 x = block.forward(x, mask, causal, *text, cache)
-            elif config.activation_checkpointing and self.training:
-                x = checkpoint(block, x, mask, causal, *text, use_reentrant=False)
             else:
-                x = block(x, mask, causal, *text)
+                x = called(chosen(share, number, config.depth), block, x, mask, causal, *text, None, shares)
         if cache is not None:
             cache.used = end
-        logits: Tensor = self.head(self.norm_out(x[:, -last:]))
+        x = self.norm_out(whole(x, shares, 1)[:, -last:])
+        if targets is not None:
+            return chunked_loss(self.head, x.flatten(0, 1), targets.flatten(), chunk)
+        logits: Tensor = self.head(x)
         return logits
 
     def _lost(self, condition: Condition | None, tokens: Tensor, rng: torch.Generator | None) -> Hidden:
@@ -188,6 +208,24 @@ class TATS(nn.Module):
         for block in self.blocks():
             if block.text is not None:
                 block.text.start()
+
+
+def chunked_loss(head: nn.Module, hidden: Tensor, targets: Tensor, chunk: int | None) -> Tensor:
+    """The mean cross-entropy, in fp32 at least, of the head's logits of `(N, D)`, given the tokens `(N,)`.
+
+    Args:
+        chunk: tokens whose logits there are at once: the backward pass makes them again, one chunk after the other.
+    """
+
+    def loss(part: Tensor, answers: Tensor, reduction: str) -> Tensor:
+        logits = head(part)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        return F.cross_entropy(logits.to(wide), answers, reduction=reduction)
+
+    if chunk is None or chunk >= len(hidden):
+        return loss(hidden, targets, "mean")
+    parts = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    return torch.stack([called(True, loss, *part, "sum") for part in parts]).sum() / len(hidden)
 
 
 def _places(config: TATSConfig) -> Tensor:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor
 
+from longtake.training.models.common.recompute import Share
 from longtake.training.models.common.text import check_fields
 
 Mode = Literal["base", "anchors", "interpolate"]
@@ -43,7 +45,7 @@ class TATSConfig(BaseModel):
     audio_codes     of the sound's tokenizer; 0 is a model without sound [paper: 1024]
     audio_tokens    of a latent frame's sound [paper: 16]
     audio_dropout   probability that training hides the sound of a window, for guidance [assumption: 0.1]
-    activation_checkpointing   recompute blocks in the backward pass: less memory, more time
+    activation_checkpointing   share of the blocks that the backward pass recomputes, true is all: less memory, more time
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -69,7 +71,7 @@ class TATSConfig(BaseModel):
     audio_codes: NonNegativeInt = 0
     audio_tokens: NonNegativeInt = 0
     audio_dropout: float = Field(0.1, ge=0, le=1)
-    activation_checkpointing: bool = False
+    activation_checkpointing: Share = False
 
     @model_validator(mode="after")
     def _fits(self) -> TATSConfig:
@@ -129,7 +131,8 @@ class TATSConfig(BaseModel):
         """A window's tokens `(B, t, h, w)` in the order in which they are read: `(B, n)`."""
         if tokens.shape[1:] != self.shape:
             raise ValueError(f"tokens have shape {tuple(tokens.shape)}; this model needs (B, {self._sides})")
-        return tokens[:, list(self.order)].flatten(1)
+        # a list as an index would be copied to the device, which waits for all before it
+        return torch.stack([tokens[:, place] for place in self.order], dim=1).flatten(1)
 
     @property
     def _sides(self) -> str:

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -252,7 +251,7 @@ def objective(config: Config, setup: Setup) -> Objective:
         raise UserError(str(e)) from e
     return Objective(
         {"model": model},
-        partial(_loss, setup),
+        partial(_loss, setup, config.loss_chunk),
         sample=partial(_sample, config, setup, wanted) if _whole(setup) else None,
         prompts=wanted.prompts(_SAMPLED),
         fps=max(1, round(setup.fps)),
@@ -269,12 +268,12 @@ def _whole(setup: Setup) -> bool:
     return setup.model.config.mode != "anchors"
 
 
-def _loss(setup: Setup, turn: Turn) -> tuple[Tensor, Terms]:
+def _loss(setup: Setup, chunk: int | None, turn: Turn) -> tuple[Tensor, Terms]:
     """Cross-entropy of the predicted tokens, none of which is given: for mode interpolate, of those between the anchors."""
     config = setup.model.config
     sequence = config.sequence(turn.batch["tokens"])
-    logits = turn.engines[turn.name](sequence[:, :-1], setup.condition(turn.batch), turn.rng, last=config.predicted)
-    loss = F.cross_entropy(logits.float().flatten(0, 1), sequence[:, -config.predicted :].flatten())
+    given, asked = {"last": config.predicted, "targets": sequence[:, -config.predicted :]}, setup.condition(turn.batch)
+    loss: Tensor = turn.engines[turn.name](sequence[:, :-1], asked, turn.rng, **given, chunk=chunk)
     return loss, {"loss": loss.detach()}
 
 
@@ -311,7 +310,7 @@ def largest(config: Config, inputs: Mapping[str, Source], count: int) -> Largest
         batch["audio_tokens"] = torch.zeros(count, tats.shape[0], tats.audio_tokens, dtype=torch.int64)
     unknown: Any = None
     setup = Setup({}, unknown, None, None, None, vqgan, None, None, (), words, 1.0, model, "")
-    return Largest(Objective({"model": model}, partial(_loss, setup)), batch, (vqgan, *others))
+    return Largest(Objective({"model": model}, partial(_loss, setup, config.loss_chunk)), batch, (vqgan, *others))
 
 
 class _Longest(Words):

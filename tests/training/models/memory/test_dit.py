@@ -115,7 +115,8 @@ def test_at_the_start_the_prediction_is_zero_and_every_block_the_identity():
     turned, here = rotation(torch.randn(1, 16, 3), 16), rotation(torch.randn(1, 12, 3), 16)
     hidden = (torch.randn(2, 4, 16), here, rotation(torch.randn(1, 4, 3), 16))
     for block in model.blocks():
-        assert all(torch.equal(a, b) for a, b in zip(block(parts, conditions, turned, hidden), parts, strict=True))
+        made = block(parts, conditions, turned, hidden)
+        assert all(torch.equal(a, b) for a, b in zip(made, parts[-1:] if block.ends else parts, strict=True))
 
 
 @torch.no_grad()
@@ -442,6 +443,27 @@ def test_recomputing_gives_the_same_loss_and_gradients(changes):
 
     for plain, again in zip(gradients(False), gradients(True), strict=True):
         torch.testing.assert_close(plain, again)
+
+
+@pytest.mark.parametrize("changes", [{}, {"cross_attention": True}])
+def test_the_last_block_computes_only_what_is_read(changes):
+    made, rows = [], []
+    for ends in (False, True):
+        model = awake_model(**changes).double().train()
+        last = list(model.blocks())[-1]
+        assert last.ends and not any(block.ends for block in list(model.blocks())[:-1])
+        last.ends, counted = ends, []
+        last.mlp.register_forward_pre_hook(
+            lambda _, given, counted=counted: counted.append(given[0][0, ..., 0].numel())
+        )
+        memory = model.remember(*history(model.config))
+        out = model(latents(), T, TIMES, memory, IDS, seeded())
+        out.square().mean().backward()
+        made.append([out.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+        rows.append(sum(counted))
+    assert rows[0] - rows[1] == memory.tokens.shape[1] > 0
+    for plain, shorter in zip(*made, strict=True):
+        torch.testing.assert_close(plain, shorter, rtol=1e-10, atol=1e-13)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longtake.training.models.common.condition import Condition, of_classes
@@ -161,6 +162,39 @@ def test_recomputed_blocks_give_the_same_gradients() -> None:
         slopes.append([p.grad for p in model.parameters()])
     for one, two in zip(*slopes, strict=True):
         torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 3, 7, 100])
+def test_a_loss_in_chunks_is_that_of_all_logits(chunk: int | None) -> None:
+    model = made(classes=3).double().train()
+    sequence = model.config.sequence(tokens(model))
+    given, answers = sequence[:, :-1], sequence[:, -model.config.predicted :]
+    condition, last = of_classes([1, 2]), model.config.predicted
+
+    def gradients(loss: Tensor) -> list[Tensor]:
+        model.zero_grad()
+        loss.backward()
+        return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    rngs = [torch.Generator().manual_seed(3) for _ in range(2)]
+    logits = model(given, condition, rngs[0], last=last)
+    whole = gradients(F.cross_entropy(logits.flatten(0, 1), answers.flatten()))
+    parts = gradients(model(given, condition, rngs[1], last=last, targets=answers, chunk=chunk))
+    for one, two in zip(whole, parts, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-12)
+
+
+def test_logits_of_a_chunk_alone_are_there_at_once() -> None:
+    model, made_logits = made().train(), list[int]()
+    model.head.register_forward_hook(lambda *call: made_logits.append(len(call[-1])))
+    sequence = model.config.sequence(tokens(model))
+    answers = sequence[:, -model.config.predicted :]
+    kept = list[int]()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape[-1]) or x, lambda x: x):
+        loss = model(sequence[:, :-1], last=model.config.predicted, targets=answers, chunk=3)
+    loss.backward()
+    assert max(made_logits) == 3 and sum(made_logits) == 2 * answers.numel()
+    assert model.config.codes not in kept
 
 
 def test_what_a_model_has_not_learned_is_refused() -> None:

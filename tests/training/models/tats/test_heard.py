@@ -99,7 +99,7 @@ def test_the_loss_depends_on_the_sound(made: dict[str, str], tmp_path: Path) -> 
 
     def loss(audio: torch.Tensor) -> float:
         turn = latent_stages.turn(setup.model, batch | {"audio_tokens": audio}, torch.Generator().manual_seed(0))
-        return pretrain_tats._loss(setup, turn)[0].item()
+        return pretrain_tats._loss(setup, None, turn)[0].item()
 
     setup.model.eval()
     awake(setup.model)

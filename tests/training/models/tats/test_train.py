@@ -161,14 +161,14 @@ def test_the_loss_is_that_of_the_middle_alone_and_begins_at_that_of_chance(
             return setup.model(*given, **options)
 
         turn = latent_stages.turn(engine, batch, torch.Generator().manual_seed(0))
-        loss, _ = pretrain_tats._loss(setup, turn)
+        loss, _ = pretrain_tats._loss(setup, None, turn)
         assert loss.item() == pytest.approx(one_by_one(setup.model, batch["tokens"]), rel=1e-4)
         length = 31 if mode == "anchors" else 47
         assert seen == [(torch.Size([4, length]), predicted)]
         assert abs(loss.item() - np.log(32)) < 0.2
         # awake, so that each place has another loss
         tats_stages.awake(setup.model)
-        loss, _ = pretrain_tats._loss(setup, turn)
+        loss, _ = pretrain_tats._loss(setup, None, turn)
         assert loss.item() == pytest.approx(one_by_one(setup.model, batch["tokens"]), rel=1e-4)
         heldout = heldout_loss(setup.model, batch, None)[0].mean().item()
         assert heldout == pytest.approx(loss.item(), rel=1e-4)

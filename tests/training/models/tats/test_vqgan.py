@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
+from longtake.datasets.encoding import strides_of
 from longtake.datasets.errors import UserError
-from longtake.pipeline.streams import strides_of
 from longtake.training.metrics import equivariance
 from longtake.training.models.common.codec import latents_of, reconstruct_video
 from longtake.training.models.tats.convolution import SameConv3d

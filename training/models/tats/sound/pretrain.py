@@ -21,10 +21,11 @@ from longtake.datasets import audio, index, storage
 from longtake.datasets.errors import UserError
 from longtake.datasets.loader import Loader, to_pixels
 from longtake.datasets.stage import DatasetInput, Measuring, StageConfig, ViewInput
-from longtake.training import data, stage
+from longtake.training import data, sizes, stage
 from longtake.training.config import ModelName, TrainConfig
 from longtake.training.data import HELDOUT
 from longtake.training.engines import device
+from longtake.training.fit import Largest, Source
 from longtake.training.metrics.reconstruction import SSIM_REACH
 from longtake.training.models.common.codec import nearest_lengths
 from longtake.training.models.tats.sound.vqgan import SoundVQGAN, SoundVQGANConfig, config_from_preset
@@ -227,6 +228,26 @@ def _loss(config: Config, setup: Setup, turn: Turn) -> tuple[Tensor, Terms]:
     loss = config.lambda_l1 * terms["l1"] + setup.model.config.commitment * commitment
     terms |= {"loss": loss, "usage": usage.share, "perplexity": usage.perplexity}
     return loss, {name: value.detach() for name, value in terms.items()}
+
+
+def largest(config: Config, inputs: Mapping[str, Source], count: int) -> Largest:
+    """See `training.fit`: the sound of windows, with any loudness, which decides no size."""
+    dataset = inputs["dataset"]
+    fps, (rate, channels) = sizes.frame_rate(dataset) / config.stride, _sound_of(dataset)
+    setup = Setup({}, SoundVQGAN(config.vqgan({"rate": rate})), config.frames, fps)
+    samples = round(config.frames * rate / fps)
+    batch: Batch = {"audio": torch.zeros(count, channels, samples), "key": [""] * count}
+    return Largest(Objective({"model": setup.model}, partial(_loss, config, setup)), batch)
+
+
+def _sound_of(dataset: Source) -> tuple[int, int]:
+    """Samples a second, and channels, of a dataset's sound. Raises UserError where a stage must run first."""
+    if sound := getattr(dataset.config, "audio", None):
+        return sound.rate, sound.channels
+    if not storage.exists(storage.join(dataset.uri, "dataset.json")):
+        raise UserError("dataset: its sound is known when its `cache_audio` stage has run; run it first")
+    first = next(iter(index.read_shards(dataset.uri, "train", audio.COLUMN))).table
+    return int(first["rate"][0].as_py()), int(first["channels"][0].as_py())
 
 
 def _sample(setup: Setup, heldout: Loader, engines: Engines, rng: torch.Generator) -> dict[str, np.ndarray[Any, Any]]:

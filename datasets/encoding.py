@@ -1,4 +1,4 @@
-"""Which clips of a shard are encoded together, at which size, and which latents each of them keeps.
+"""How latents are made: which clips are encoded together, at which size, which latents each keeps, and their posteriors.
 
 A stream is a clip, or with `join_seconds` clips that follow each other without a hole: then only its first latent is of a
 single frame. Batches hold streams of the same lengths and size, and depend on nothing but the shard's own clips.
@@ -6,14 +6,18 @@ single frame. Batches hold streams of the same lengths and size, and depend on n
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from longtake.datasets.errors import UserError
+from longtake.datasets.latents import shrunk
 from longtake.datasets.neighbours import follows
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _METHODS = ("encode_stream", "encoder", "config")
 _FACTS = ("spatial_stride", "temporal_stride", "latent_channels")
@@ -148,3 +152,25 @@ def batches(streams: Sequence[Stream], settings: Settings, strides: Strides) -> 
         alike.setdefault((lengths, size), []).append(stream)
     most = settings.batch
     return [group[n : n + most] for group in alike.values() for n in range(0, len(group), most)]
+
+
+def positions(size: tuple[int, int], settings: Settings, strides: Strides) -> tuple[int, int]:
+    """Height and width in positions of the latents of a clip that is encoded at this `target_size`."""
+    height, width = (side // (strides.stride * by) for side, by in zip(size, settings.shrink, strict=True))
+    return height, width
+
+
+def posteriors(
+    model: Any, strides: Strides, videos: "Iterable[Tensor]", settings: Settings
+) -> "Iterator[tuple[Tensor, Tensor]]":
+    """Latents (B, t, 2, C, h, w), mean and log-variance, of a stream: as the model gives them, and in `settings.dtype`.
+
+    Args:
+        videos: (B, 3, T, H, W) in [-1, 1] on the model's device: one frame first, then those of `settings.chunk` latents.
+    """
+    import torch
+
+    pixels = (shrunk(video, settings.shrink, strides.stride) for video in videos)
+    for posterior in model.encode_stream(pixels, settings.chunk, settings.tile, settings.overlap):
+        exact = torch.stack([posterior.mean, posterior.logvar], 1).permute(0, 3, 1, 2, 4, 5)
+        yield exact, exact.to(getattr(torch, settings.dtype))

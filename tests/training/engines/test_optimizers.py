@@ -1,0 +1,124 @@
+"""Optimizers beside plain AdamW. Muon: what it moves, that it is torch's, that it resumes; a fused AdamW is AdamW."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small
+import torch
+from torch import Tensor, nn
+
+from longtake.datasets.errors import UserError
+from longtake.training import engines
+from longtake.training.config import TrainConfig
+from longtake.training.engines.muon import matrices_of
+
+
+class Blocks(nn.Module):
+    """Rows through two blocks between an input and an output layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        width = small.WIDTH
+        self.first, self.last = nn.Linear(width, 8), nn.Linear(8, width)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)) for _ in range(2))
+
+    def blocks(self) -> Any:
+        yield from self.layers
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x.to(self.first.weight.dtype))
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        out: Tensor = self.last(x)
+        return out
+
+
+def config(**changes: Any) -> TrainConfig:
+    settings = {"optimizer": "muon", "batch": 4, "lr": 1e-2, "ema_half_lives": [], "gradient_clip": 0.0}
+    return TrainConfig(**settings | changes)
+
+
+def steps(engine: Any, count: int, start: int = 0) -> None:
+    for number in range(start, start + count):
+        x = small.rows(number, 4)
+        engine.backward((engine(x).float() - x).square().mean())
+        engine.step()
+
+
+def test_the_linear_weights_of_blocks_are_its_matrices() -> None:
+    model = Blocks()
+    weights = [layer[0].weight for layer in model.layers]  # type: ignore[index]
+    assert [id(p) for p in matrices_of(model)] == [id(p) for p in weights]
+    weights[0].requires_grad_(False)
+    assert [id(p) for p in matrices_of(model)] == [id(weights[1])]
+    assert not matrices_of(nn.Linear(2, 2))
+
+
+def test_matrices_move_as_torchs_muon_moves_them_and_all_else_as_adamw(group: None) -> None:
+    made, bare = Blocks(), Blocks()
+    engine = engines.engines_of({"model": made}, "model", config(weight_decay=0.1), 1)["model"]
+    steps(engine, 3)
+    matrices = matrices_of(bare)
+    others = [p for p in bare.parameters() if all(p is not matrix for matrix in matrices)]
+    decaying = [bare.first.weight, bare.last.weight]
+    groups = [
+        {"params": decaying, "weight_decay": 0.1},
+        {"params": [p for p in others if all(p is not d for d in decaying)], "weight_decay": 0.0},
+    ]
+    muon = torch.optim.Muon(matrices, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(groups, lr=1e-2)
+    for number in range(3):
+        x = small.rows(number, 4)
+        (bare(x) - x).square().mean().backward()
+        for optimizer in (muon, adamw):
+            optimizer.step()
+            optimizer.zero_grad()
+    for one, two in zip(made.parameters(), bare.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_from_a_checkpoint_it_goes_on_bit_for_bit(group: None, tmp_path: Path, precision: str) -> None:
+    made = [engines.engines_of({"model": Blocks()}, "model", config(precision=precision), 1)["model"] for _ in range(2)]
+    steps(made[0], 2)
+    made[0].save_checkpoint(str(tmp_path), tag="half")
+    made[1].load_checkpoint(str(tmp_path), tag="half")
+    for engine in made:
+        steps(engine, 2, start=2)
+    weights = [[p.detach() for p in engine.module.parameters()] for engine in made]
+    begun = [p.detach() for p in Blocks().to(made[0].module.first.weight.dtype).parameters()]
+    assert all(torch.equal(one, two) for one, two in zip(*weights, strict=True))
+    assert not any(torch.equal(one, two) for one, two in zip(weights[0], begun, strict=True) if one.ndim == 2)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_a_fused_adamw_is_adamw_and_goes_on_bit_for_bit(group: None, tmp_path: Path, zero_stage: int) -> None:
+    def engine(fused: bool) -> Any:
+        settings = config(optimizer="adamw", fused_optimizer=fused, zero_stage=zero_stage)
+        return engines.engines_of({"model": Blocks()}, "model", settings, 1)["model"]
+
+    def weights(engine: Any) -> list[Tensor]:
+        return [p.ds_tensor if zero_stage == 3 else p.detach() for p in engine.module.parameters()]  # type: ignore[attr-defined]
+
+    plain, fused, resumed = engine(False), engine(True), engine(True)
+    assert all(group["fused"] for group in fused.basic_optimizer.param_groups)
+    steps(plain, 4)
+    steps(fused, 2)
+    fused.save_checkpoint(str(tmp_path), tag="half")
+    resumed.load_checkpoint(str(tmp_path), tag="half")
+    for each in (fused, resumed):
+        steps(each, 2, start=2)
+    assert all(torch.equal(one, two) for one, two in zip(weights(fused), weights(resumed), strict=True))
+    for one, two in zip(weights(plain), weights(fused), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+
+
+def test_what_muon_is_not_for_is_refused(group: None) -> None:
+    with pytest.raises(ValueError, match="optimizer: muon needs zero_stage: 0"):
+        config(zero_stage=1)
+    with pytest.raises(ValueError, match="optimizer: muon moves whole matrices"):
+        config(lora={"rank": 2})
+    with pytest.raises(UserError, match=r"^optimizer: muon is for the linear layers of a model's blocks"):
+        engines.engines_of({"model": nn.Linear(4, 4)}, "model", config(), 1)
