@@ -49,6 +49,11 @@ export function makeGrid(root, { ask, makeCard, opened, moved, failed }) {
     paint();
   }
 
+  // A scroll of which the event is still to come would be undone.
+  function rested() {
+    if (!touched && root.scrollTop === last) settle();
+  }
+
   function scrolled() {
     const now = root.scrollTop, delta = now - last;
     last = now;
@@ -60,7 +65,7 @@ export function makeGrid(root, { ask, makeCard, opened, moved, failed }) {
     if (reach < whole) {
       clearTimeout(rest);
       if (stuck && !touched) return settle();
-      rest = setTimeout(() => touched || settle(), REST);
+      rest = setTimeout(rested, REST);
     }
     paint();
   }
@@ -196,7 +201,7 @@ export function makeGrid(root, { ask, makeCard, opened, moved, failed }) {
     root.addEventListener(end, () => {
       touched = false;
       clearTimeout(rest);
-      rest = setTimeout(settle, REST * 3);
+      rest = setTimeout(rested, REST * 3);
     }, { passive: true });
   }
   root.addEventListener("focusin", (event) => {

@@ -141,6 +141,22 @@ def test_all_clips_scroll_by_and_few_are_elements(page):
     assert seen == set(range(min(seen), CLIPS))
 
 
+def test_a_scroll_is_not_undone_where_its_event_comes_late(page):
+    # the page is busy until the scroll bar would be put right, and moves before it hears of the new place
+    page.execute_script(
+        """
+        const grid = document.querySelector('#grid');
+        grid.scrollTop = grid.scrollHeight / 2;
+        grid.addEventListener('scroll', () => {
+          const end = performance.now() + 400;
+          while (performance.now() < end);
+          grid.scrollTop = grid.scrollHeight;
+        }, { once: true });
+        """
+    )
+    until(page, "[...document.querySelectorAll('.card')].at(-1).dataset.index === arguments[0]", str(CLIPS - 1))
+
+
 def test_a_clip_plays_under_the_pointer(page):
     from selenium.webdriver.common.action_chains import ActionChains
 
