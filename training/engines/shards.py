@@ -28,9 +28,7 @@ def fragments(engine: Any) -> Iterator[Fragment]:
     stage, masters = engine.zero_optimization_stage(), _masters(engine)
     for number, (name, p) in enumerate(engine.module.named_parameters()):
         if stage == 3:
-            from deepspeed.utils import safe_get_local_fp32_param
-
-            value = safe_get_local_fp32_param(p) if p.requires_grad else p.ds_tensor.data
+            value = _sharded(p) if p.requires_grad else p.ds_tensor.data
             start = rank * p.ds_tensor.numel()
             value = value.flatten()[: max(0, p.ds_numel - start)]
             if value.numel():
@@ -46,6 +44,14 @@ def fragments(engine: Any) -> Iterator[Fragment]:
         for name, buffer in engine.module.named_buffers():
             if name in persistent:
                 yield Fragment(name, buffer.shape, 0, buffer.data.flatten(), False)
+
+
+def _sharded(p: Any) -> Tensor:
+    """ZeRO-3's fp32 weights of a parameter on this rank, where they are: on the host if they are offloaded."""
+    # `safe_get_local_fp32_param` gives a copy of those, and one that drags along the history of what is made of it
+    optimizer = p._z3_optimizer
+    value: Tensor = optimizer._get_fp32_opt_state_partition(p, release_swap_buffers=True)[0]
+    return value.detach()
 
 
 def _masters(engine: Any) -> dict[int, Tensor]:
