@@ -1,8 +1,8 @@
-"""Batches from worker processes through memory that both sides have mapped: no array is copied or pickled on the way.
+"""Batches from worker processes through memory that both sides have mapped: no large array is pickled on the way.
 
-A worker makes the arrays of its batches in slabs, each a piece of shared memory for one array. What goes through the pipe is
-the rest of a batch, and which slab has which array. A slab comes back when the last tensor of it is gone, and is used again.
-Slabs are files without a name: nothing stays behind processes that are killed, and a small /dev/shm is no limit.
+A worker makes the arrays of its batches in a file of memory that both sides map; each has a range of it, a slab. What goes
+through the pipe is the rest of a batch, and which slab has which array. A slab comes back when the last tensor of it is gone,
+and is used again. The file has no name: nothing stays behind processes that are killed, and a small /dev/shm is no limit.
 """
 
 import io
@@ -14,35 +14,45 @@ import threading
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
-from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
 import torch
 
+_SPAN = 1 << 38  # bytes of addresses of a worker; those never written to take no memory
 _SMALL = 1 << 14  # bytes of a tensor that goes through the pipe
+_FREE_BYTES = 64 << 20  # of slabs that are kept for the next arrays; what is free beyond goes back to the system
 
 
-@dataclass
+def memory() -> int:
+    """The descriptor of a file of memory for one worker, to be closed by the caller once both sides have mapped it."""
+    handle = os.memfd_create("batches")
+    os.ftruncate(handle, _SPAN)
+    return handle
+
+
+@dataclass(eq=False)
 class _Slab:
     number: int
-    memory: mmap.mmap
-    address: int
-    peers: "list[_Slab]"  # the free slabs of this size
+    offset: int
+    size: int
     array: weakref.ref[np.ndarray] | None = None  # that was made in it last
     sent: bool = False
+    has_memory: bool = True  # False: its memory went back to the system, until it is written to again
 
 
 class Sender:
     """The worker's side."""
 
-    def __init__(self, pipe: Connection) -> None:
+    def __init__(self, pipe: Connection, handle: int) -> None:
         self._pipe = pipe
+        self._memory = mmap.mmap(handle, _SPAN)
+        self._address = np.frombuffer(self._memory, np.uint8, 1).ctypes.data
         self._slabs: list[_Slab] = []
-        self._free: dict[int, list[_Slab]] = {}  # by size
+        self._free: list[_Slab] = []
         self._by_address: dict[int, _Slab] = {}
-        # threads that read from a store make arrays while others do and batches are sent: a slab is two messages
+        # threads that read from a store make arrays at once
         self._lock = threading.Lock()
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -52,45 +62,52 @@ class Sender:
             return np.empty(shape, dtype)
         with self._lock:
             slab = self._slab(size)
-        array: np.ndarray = np.frombuffer(slab.memory, dtype, count)
+        array: np.ndarray = np.frombuffer(self._memory, dtype, count, slab.offset)
         # an array that is not handed over frees its slab here
-        slab.array = weakref.ref(array, lambda _: None if slab.sent else slab.peers.append(slab))
+        slab.array = weakref.ref(array, lambda _: None if slab.sent else self._free.append(slab))
         return array.reshape(shape)
 
     def _slab(self, size: int) -> _Slab:
-        # sizes an eighth apart, so that arrays of about the same size share slabs
+        # whole pages, an eighth apart, so that arrays of about the same size share slabs
         step = max(mmap.PAGESIZE, 1 << (size.bit_length() - 4))
         size = -(-size // step) * step
-        free = self._free.setdefault(size, [])
-        if free:
-            # the last one: its pages are likeliest still in the processor's cache
-            slab = free.pop()
-            slab.sent = False
+        # of equal ones the last: its pages are likeliest still in the processor's cache
+        fitting = [slab for slab in reversed(self._free) if size <= slab.size <= 2 * size]
+        if fitting:
+            slab = min(fitting, key=lambda one: (not one.has_memory, one.size))
+            self._free.remove(slab)
+            # the old reference first: where its array goes only now, the slab is in use again
+            slab.array = None
+            slab.sent, slab.has_memory = False, True
             return slab
-        handle = os.memfd_create("batch")
-        try:
-            os.ftruncate(handle, size)
-            memory = mmap.mmap(handle, 0)
-            slab = _Slab(len(self._slabs), memory, np.frombuffer(memory, np.uint8).ctypes.data, free)
-            self._pipe.send_bytes(b"slab")
-            reduction.send_handle(self._pipe, handle, os.getppid())
-        finally:
-            os.close(handle)
+        self._give_back()
+        offset = self._slabs[-1].offset + self._slabs[-1].size if self._slabs else 0
+        if offset + size > _SPAN:
+            raise MemoryError(f"batches of {size} bytes fill the {_SPAN} bytes of a worker; lower `batch`")
+        slab = _Slab(len(self._slabs), offset, size)
         self._slabs.append(slab)
-        self._by_address[slab.address] = slab
+        self._by_address[self._address + offset] = slab
         return slab
+
+    def _give_back(self) -> None:
+        """Give the memory of the largest free slabs back to the system, so that few bytes lie idle."""
+        idle = sorted((slab for slab in list(self._free) if slab.has_memory), key=lambda slab: slab.size)
+        size = sum(slab.size for slab in idle)
+        while size > _FREE_BYTES:
+            slab = idle.pop()
+            self._memory.madvise(mmap.MADV_REMOVE, slab.offset, slab.size)
+            slab.has_memory = False
+            size -= slab.size
 
     def send(self, batches: list[Any]) -> None:
         """Hand batches over."""
         sink = io.BytesIO()
         _Pickler(sink, self._place).dump(batches)
-        with self._lock:
-            self._pipe.send_bytes(sink.getbuffer())
+        self._pipe.send_bytes(sink.getbuffer())
 
     def reuse(self, numbers: Iterable[int]) -> None:
         """Take back slabs that the other side has no tensors of any more."""
-        for number in numbers:
-            self._slabs[number].peers.append(self._slabs[number])
+        self._free.extend(self._slabs[number] for number in numbers)
 
     def _place(self, tensor: torch.Tensor) -> tuple[Any, ...]:
         """Where the other side finds a tensor's values."""
@@ -106,14 +123,8 @@ class Sender:
             storage = tensor.untyped_storage()
             slab = self._by_address[storage.data_ptr()]
         slab.sent = True
-        return (
-            tensor.dtype,
-            tuple(tensor.shape),
-            slab.number,
-            storage.nbytes(),
-            tensor.stride(),
-            tensor.storage_offset(),
-        )
+        place = slab.number, slab.offset, storage.nbytes()
+        return tensor.dtype, tuple(tensor.shape), place, tensor.stride(), tensor.storage_offset()
 
 
 class _Pickler(pickle.Pickler):
@@ -121,27 +132,28 @@ class _Pickler(pickle.Pickler):
         super().__init__(sink, pickle.HIGHEST_PROTOCOL)
         self._place = place
 
-    def persistent_id(self, value: Any) -> Any:
-        return self._place(value) if isinstance(value, torch.Tensor) else None
+    def reducer_override(self, value: Any) -> Any:
+        # not `persistent_id`, which is called for every name and number too
+        return (_placed, self._place(value)) if isinstance(value, torch.Tensor) else NotImplemented
+
+
+def _placed(*_: Any) -> torch.Tensor:
+    """Stands in a pickle for the receiver's own function."""
+    raise AssertionError("only a receiver has the memory")
 
 
 class Receiver:
     """The other side."""
 
-    def __init__(self, pipe: Connection) -> None:
+    def __init__(self, pipe: Connection, handle: int) -> None:
         self._pipe = pipe
-        self._slabs: list[mmap.mmap] = []
+        self._memory = mmap.mmap(handle, _SPAN)
         self._arrays: dict[int, weakref.ref[np.ndarray]] = {}  # those of each slab that tensors are made of
         self._unused: list[int] = []
 
     def receive(self) -> list[Any]:
         """The batches of one `send`. Raises EOFError, ConnectionError: the worker is gone."""
-        while (message := self._pipe.recv_bytes()) == b"slab":
-            handle = reduction.recv_handle(self._pipe)
-            try:
-                self._slabs.append(mmap.mmap(handle, 0))
-            finally:
-                os.close(handle)
+        message = self._pipe.recv_bytes()
         batches: list[Any] = _Unpickler(io.BytesIO(message), self._tensor).load()
         return batches
 
@@ -150,18 +162,17 @@ class Receiver:
         numbers, self._unused = self._unused, []
         return numbers
 
-    def _tensor(self, place: tuple[Any, ...]) -> torch.Tensor:
-        dtype, shape, *rest = place
-        if len(rest) == 1:
+    def _tensor(self, dtype: torch.dtype, shape: tuple[int, ...], place: Any, *layout: Any) -> torch.Tensor:
+        if not layout:
             return (
-                torch.frombuffer(bytearray(rest[0]), dtype=dtype).view(shape)
-                if rest[0]
+                torch.frombuffer(bytearray(place), dtype=dtype).view(shape)
+                if place
                 else torch.empty(shape, dtype=dtype)
             )
-        slab, size, stride, offset = rest
-        array: np.ndarray = np.frombuffer(self._slabs[slab], np.uint8, size)
+        slab, offset, size = place
+        array: np.ndarray = np.frombuffer(self._memory, np.uint8, size, offset)
         self._arrays[slab] = weakref.ref(array, lambda _: self._unused.append(slab))
-        return torch.from_numpy(array).view(dtype).as_strided(shape, stride, offset)
+        return torch.from_numpy(array).view(dtype).as_strided(shape, *layout)
 
 
 class _Unpickler(pickle.Unpickler):
@@ -169,5 +180,5 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(source)
         self._tensor = tensor
 
-    def persistent_load(self, place: Any) -> Any:
-        return self._tensor(place)
+    def find_class(self, module: str, name: str) -> Any:
+        return self._tensor if (module, name) == (__name__, _placed.__name__) else super().find_class(module, name)

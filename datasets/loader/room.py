@@ -15,7 +15,8 @@ class Room:
 
     def __init__(self, samples: int, empty: Empty) -> None:
         self._samples, self._empty = samples, empty
-        self._arrays: dict[str, np.ndarray] = {}
+        # by column, with a sample's shape and the dtype as they were asked for, which is quicker to compare
+        self._arrays: dict[str, tuple[np.ndarray, tuple[int, ...], Any]] = {}
         self._odd: set[str] = set()  # columns in which a sample has another shape than the first one
         self._lock = threading.Lock()
 
@@ -23,15 +24,15 @@ class Room:
         """A function of a column, a shape and a dtype that gives the sample's place there, to be filled whole."""
 
         def place(column: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-            array = self._arrays.get(column)
-            if array is None:
+            one = self._arrays.get(column)
+            if one is None:
                 with self._lock:
-                    if (array := self._arrays.get(column)) is None:
-                        array = self._arrays[column] = self._empty((self._samples, *shape), dtype)
-            if array.shape[1:] != shape or array.dtype != dtype:
+                    if (one := self._arrays.get(column)) is None:
+                        one = self._arrays[column] = self._empty((self._samples, *shape), dtype), shape, dtype
+            if one[1] != shape or one[2] != dtype:
                 self._odd.add(column)
                 return np.empty(shape, dtype)
-            return array[sample]
+            return one[0][sample]
 
         return place
 
@@ -41,13 +42,14 @@ class Room:
         Raises:
             ValueError: their shapes differ.
         """
-        whole = None if column in self._odd else self._arrays.get(column)
-        if whole is not None:
+        if column in self._arrays and column not in self._odd:
+            whole = self._arrays[column][0]
             return whole if samples == list(range(self._samples)) else whole[samples]
         out = self._empty((len(values), *values[0].shape), values[0].dtype)
         return np.stack(values, out=out)
 
 
 def tensor_bytes(batch: Mapping[str, Any]) -> int:
-    """The bytes of a batch's tensors."""
-    return sum(value.nbytes for value in batch.values() if isinstance(value, torch.Tensor))
+    """The bytes of a batch's tensors, and of those in its lists: the pixels of live latents are one a sample."""
+    values = [value if isinstance(value, list) else [value] for value in batch.values()]
+    return sum(one.nbytes for value in values for one in value if isinstance(one, torch.Tensor))

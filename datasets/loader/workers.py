@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from multiprocessing import forkserver, resource_tracker, util
+from multiprocessing import forkserver, reduction, resource_tracker, util
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
@@ -22,7 +22,7 @@ from torch._utils import ExceptionWrapper
 
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.loader import order
-from longtake.datasets.loader.handover import Receiver, Sender
+from longtake.datasets.loader.handover import Receiver, Sender, memory
 from longtake.datasets.loader.room import Empty, tensor_bytes
 
 _MOST_AHEAD, _BYTES_AHEAD = 32, 32 << 20  # batches that a worker makes ahead: two, and more only of small ones
@@ -100,6 +100,8 @@ class Stream:
 
 
 def _pinned(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_pinned(one) for one in value]
     return value.pin_memory() if isinstance(value, torch.Tensor) else value
 
 
@@ -110,10 +112,12 @@ def _numbers(start: int, end: int | None, step: int = 1) -> Iterator[int]:
 def _by_workers(plan: Plan, start: int, end: int | None, count: int) -> Generator[dict[str, Any]]:
     """The batches from number `start` on, of which each of `count` processes makes every `count`-th."""
     _start_server_without_signals()
-    workers = [_Worker(plan, (start + n, end, count)) for n in range(count)]
+    workers: list[_Worker] = []
     # before multiprocessing joins its processes, where this is not closed otherwise
     close = util.Finalize(None, _close, (workers,), exitpriority=100)
     try:
+        for n in range(count):
+            workers.append(_Worker(plan, (start + n, end, count)))
         for _, worker in zip(_numbers(start, end), itertools.cycle(workers), strict=False):
             yield worker.take()
     finally:
@@ -136,31 +140,38 @@ class _Worker:
         """`numbers` are the first of its batches, the one that they end before, and the step from one to the next."""
         context = multiprocessing.get_context("forkserver")
         self.pipe, theirs = context.Pipe()
-        self._receiver = Receiver(self.pipe)
         self._batches: deque[Any] = deque()
         self._taken = 0
         self.process = context.Process(target=_work, args=(plan, numbers, theirs, os.getpid()), daemon=True)
-        self.process.start()
-        theirs.close()
+        handle = memory()
+        try:
+            self._receiver = Receiver(self.pipe, handle)
+            self.process.start()
+            reduction.send_handle(self.pipe, handle, self.process.pid)
+        finally:
+            os.close(handle)
+            theirs.close()
 
     def take(self) -> dict[str, Any]:
         """The next batch. Raises Failure: it cannot be made, or the process is gone."""
-        try:
-            if not self._batches:
+        if not self._batches:
+            try:
                 self._batches.extend(self._receiver.receive())
-            batch: Any = self._batches.popleft()
-            self._taken += 1
-            if isinstance(batch, Failure):
-                raise batch
-            if isinstance(batch, ExceptionWrapper):
-                batch.reraise()
-            if not self._batches:
+            except (EOFError, ConnectionError) as e:
+                raise Failure(
+                    "loader: a decoding process was killed, perhaps for want of memory: lower `workers` or `batch`;"
+                    " the last checkpoint is whole: run the same command again to go on from it"
+                ) from e
+        batch: Any = self._batches.popleft()
+        self._taken += 1
+        if isinstance(batch, Failure):
+            raise batch
+        if isinstance(batch, ExceptionWrapper):
+            batch.reraise()
+        if not self._batches:
+            # a worker that is gone is noticed when nothing of it is left to take
+            with contextlib.suppress(ConnectionError):
                 self.pipe.send((self._taken, self._receiver.unused()))
-        except (EOFError, ConnectionError) as e:
-            raise Failure(
-                "loader: a decoding process was killed, perhaps for want of memory: lower `workers` or `batch`;"
-                " the last checkpoint is whole: run the same command again to go on from it"
-            ) from e
         taken: dict[str, Any] = batch
         return taken
 
@@ -172,7 +183,9 @@ def _work(plan: Plan, numbers: tuple[int, int | None, int], pipe: Connection, pr
     """
     _end_with(process, pipe)
     torch.set_num_threads(1)
-    sender = Sender(pipe)
+    handle = reduction.recv_handle(pipe)
+    sender = Sender(pipe, handle)
+    os.close(handle)
     batches = plan.make(_numbers(*numbers), sender.empty)
     made = taken = 0
     pack: list[Any] = []

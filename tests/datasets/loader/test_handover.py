@@ -1,16 +1,20 @@
 """Batches handed over through shared memory: the same on the other side, for as long as they are held, in bounded memory."""
 
+import gc
+import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import Pipe
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from longtake.datasets.loader.handover import Receiver, Sender
+from longtake.datasets.loader.handover import Receiver, Sender, memory
+from longtake.datasets.loader.room import tensor_bytes
 
 LARGE = (4, 5, 1000)  # bytes that go through memory
 
@@ -18,8 +22,11 @@ LARGE = (4, 5, 1000)  # bytes that go through memory
 @pytest.fixture
 def ends() -> Iterator[tuple[Sender, Receiver]]:
     ours, theirs = Pipe()
+    handle = memory()
     with ours, theirs:
-        yield Sender(ours), Receiver(theirs)
+        sides = Sender(ours, handle), Receiver(theirs, handle)
+        os.close(handle)
+        yield sides
 
 
 def handed(sender: Sender, receiver: Receiver, batch: dict[str, Any]) -> dict[str, Any]:
@@ -109,3 +116,49 @@ def test_threads_make_arrays_while_batches_are_handed_over(ends: tuple[Sender, R
         assert [future.result().nbytes for future in making] == [2_000_000 + 300_000 * n for n in range(100)]
     taking.join(60)
     assert [int(tensor[0]) for tensor in arrived] == list(range(40))
+
+
+def test_sizes_that_do_not_come_again_hold_no_memory(ends: tuple[Sender, Receiver]) -> None:
+    sender, receiver = ends
+    rng = np.random.default_rng(0)
+    before = shared_bytes()
+    for number in range(200):
+        # up to 8 MB: 800 MB in all
+        sent = torch.from_numpy(sender.empty((int(rng.integers(1 << 15, 1 << 23)),), np.uint8))
+        sent[:] = number % 251
+        got = handed(sender, receiver, {"x": sent})["x"]
+        assert (got == number % 251).all()
+    # what lies idle, and an array that was made before the next look; both sides have mapped it
+    assert shared_bytes() - before < 2 * (72 << 20)
+
+
+def test_no_descriptor_is_kept_for_an_array(ends: tuple[Sender, Receiver]) -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    held = [handed(*ends, {"x": filled(ends[0], number)})["x"] for number in range(50)]
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert all((tensor == number).all() for number, tensor in enumerate(held))
+
+
+def test_an_array_that_goes_late_does_not_free_memory_that_is_in_use_again(ends: tuple[Sender, Receiver]) -> None:
+    sender, receiver = ends
+    old = filled(sender, 1)
+    got = handed(sender, receiver, {"x": old})["x"]
+    del got
+    # the other side is done with it, while this one still has the array
+    sender.reuse(receiver.unused())
+    new = filled(sender, 2)
+    assert new.data_ptr() == old.data_ptr()
+    del old
+    gc.collect()
+    assert filled(sender, 3).data_ptr() != new.data_ptr()
+    assert (new == 2).all()
+
+
+def test_pixels_count_as_bytes_of_a_batch() -> None:
+    pixels = [torch.zeros(2, 3, dtype=torch.uint8), torch.zeros(5, dtype=torch.float32)]
+    assert tensor_bytes({"key": ["a", "b"], "pixels": pixels, "latent": torch.zeros(4, dtype=torch.float16)}) == 34
+
+
+def shared_bytes() -> int:
+    """What this process has mapped of shared memory."""
+    return int(Path("/proc/self/status").read_text().partition("RssShmem:")[2].split()[0]) << 10
