@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from longtake.datasets.errors import Failure
-from longtake.datasets.loader import order
+from longtake.datasets.loader import latents_alone, order
 from longtake.datasets.loader.buckets import Bucket
 from longtake.datasets.loader.pixels import pixels
 from longtake.datasets.loader.room import Empty, Room, tensor_bytes
@@ -47,8 +47,12 @@ class Batches:
 
     def make(self, numbers: Iterator[int], empty: Empty = np.empty) -> Generator[dict[str, Any]]:
         if not self.remote:
+            alone = latents_alone.is_alone(self.split) and not self.skip
             for number in numbers:
                 epoch, window, samples = self.samples_of(number)
+                if alone and (batch := latents_alone.batch(self.split, window, samples, empty)):
+                    yield batch | {"epoch": epoch}
+                    continue
                 room = Room(len(samples), empty)
                 yield self._batch(epoch, [self._load(*one, window, room) for one in enumerate(samples)], room)
             return

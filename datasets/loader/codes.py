@@ -4,6 +4,7 @@ What a window needs of an index is made ready once a shard, with the checks of i
 than its bytes.
 """
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -70,20 +71,25 @@ def _items(
 
 
 def read(
-    reader: Reader, rows: Rows, shard: int, items: Items, number: int, first: int, place: np.ndarray, what: str
+    reader: Reader,
+    rows: Rows,
+    shard: int,
+    items: Items,
+    number: int,
+    first: int,
+    count: int,
+    data: memoryview,
+    what: str,
 ) -> None:
-    """Fill `place` (n, *shape) with the items from `first` on of clip `number`; only these bytes are read.
+    """Fill `data`, bytes, with `count` items from `first` on of clip `number`; only these bytes are read.
 
     Raises:
         Failure: they are missing, or have other checksums.
     """
-    begin = items.begins[number] + first * (size := place.nbytes // len(place))
-    data = place.data.cast("B")
-    data[:] = reader.range(rows, shard, begin, place.nbytes)
+    total, size = len(data), len(data) // count
+    data[:] = reader.range(rows, shard, items.begins[number] + first * size, total)
     # of the copy, so that the way into memory is checked too
-    found = [isal_zlib.crc32(data[start : start + size]) for start in range(0, place.nbytes, size)]
-    if found != np.frombuffer(items.sums[number], "<u4")[first : first + len(place)].tolist():
+    sums = [isal_zlib.crc32(data[start : start + size]) for start in range(0, total, size)]
+    if struct.pack(f"<{count}I", *sums) != items.sums[number][4 * first : 4 * (first + count)]:
         url, key = rows.tar(shard)[0], rows.row(shard, number)["key"]
-        raise Failure(
-            f"{url}: {key}: {what}s {first} to {first + len(place)} are damaged; run `longtake dataset verify`"
-        )
+        raise Failure(f"{url}: {key}: {what}s {first} to {first + count} are damaged; run `longtake dataset verify`")

@@ -12,7 +12,7 @@ import hashlib
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -167,21 +167,21 @@ def sample_rng(seed: int, epoch: int, key: str, copy: int = 0) -> np.random.Gene
     """
     digest = hashlib.blake2b(f"{seed} {epoch} {copy} {key}".encode(), digest_size=16).digest()
     # as a new Philox(key=...), which would take as long as reading a latent: it asks the system for entropy
-    key_words = int.from_bytes(digest[8:]), int.from_bytes(digest[:8])
-    generator = _own.generator
-    generator.bit_generator.state = _FRESH | {"state": {"counter": _ZEROS, "key": key_words}}
-    return generator
-
-
-_ZEROS = (0, 0, 0, 0)
-_FRESH = {"bit_generator": "Philox", "buffer": _ZEROS, "buffer_pos": 4, "has_uint32": 0, "uinteger": 0}
+    own = _own
+    own.state["state"]["key"] = int.from_bytes(digest[8:]), int.from_bytes(digest[:8])
+    own.bits.state = own.state
+    return own.generator
 
 
 class _Own(threading.local):
-    """The generator of each thread."""
+    """The generator of each thread, and its state before the first draw, in which a sample sets its key."""
 
     def __init__(self) -> None:
-        self.generator = np.random.Generator(np.random.Philox(0))
+        zeros = (0, 0, 0, 0)
+        fresh = {"bit_generator": "Philox", "buffer": zeros, "buffer_pos": 4, "has_uint32": 0, "uinteger": 0}
+        self.bits = np.random.Philox(0)
+        self.generator = np.random.Generator(self.bits)
+        self.state: Any = fresh | {"state": {"counter": zeros, "key": (0, 0)}}
 
 
 _own = _Own()

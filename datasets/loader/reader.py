@@ -20,7 +20,7 @@ class Reader:
 
     def __init__(self, cache: Cache | None = None) -> None:
         self.cache = cache
-        self._maps: OrderedDict[str, mmap.mmap | None] = OrderedDict()
+        self._maps: OrderedDict[str, memoryview | None] = OrderedDict()
         self._lock = threading.Lock()
 
     def member(self, rows: Rows, shard: int, offset: int, size: int, crc32: int) -> memoryview:
@@ -37,12 +37,11 @@ class Reader:
         url, tar_bytes, sha256 = rows.tar(shard)
         try:
             mapped = self._mapped(url, tar_bytes, sha256)
-            data = memoryview(mapped if mapped is not None else storage.read_range(url, offset, size))
+            data = mapped[offset : offset + size] if mapped else memoryview(storage.read_range(url, offset, size))
         except FileNotFoundError as e:
             raise Failure(f"{url}: is missing; run `longtake dataset verify`") from e
         except (OSError, ValueError) as e:
             raise Failure(f"{url}: {e}; run `longtake dataset verify`") from e
-        data = data[offset : offset + size] if mapped is not None else data
         if len(data) != size:
             raise Failure(
                 f"{url}: is too short for bytes {offset} to {offset + size} of the index; run `longtake dataset verify`"
@@ -55,19 +54,19 @@ class Reader:
         if self.cache and not storage.is_local(url) and (file := self.cache.open(url, tar_bytes, sha256)):
             file.close()
 
-    def _mapped(self, url: str, tar_bytes: int, sha256: str) -> mmap.mmap | None:
+    def _mapped(self, url: str, tar_bytes: int, sha256: str) -> memoryview | None:
         """The tar mapped into memory; None where it is read from the store, also while the cache has no room."""
         with self._lock:
             if url in self._maps:
                 self._maps.move_to_end(url)
                 return self._maps[url]
-        mapped: mmap.mmap | None = None
+        mapped: memoryview | None = None
         if storage.is_local(url):
             with Path(storage.filesystem(url)[1]).open("rb") as f:
-                mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+                mapped = memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
         elif self.cache and (copy := self.cache.open(url, tar_bytes, sha256)):
             with copy:
-                mapped = mmap.mmap(copy.fileno(), 0, access=mmap.ACCESS_READ)
+                mapped = memoryview(mmap.mmap(copy.fileno(), 0, access=mmap.ACCESS_READ))
         with self._lock:
             self._maps[url] = mapped
             if len(self._maps) > _OPEN_TARS:

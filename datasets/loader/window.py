@@ -124,17 +124,18 @@ def _pixels_and_past(
 
 def draw(window: Window, rng: np.random.Generator | None, count: int, factor: int) -> tuple[range, float]:
     """The frames of a window that starts at a multiple of `factor` in a clip of `count`, and the place of its crop."""
-    span = (window.frames - 1) * window.stride + 1
-    latest = (count - span) // factor
+    start, span = draw_start(window, rng, count, factor), (window.frames - 1) * window.stride + 1
+    return range(start, start + span, window.stride), rng.random() if rng and window.random_crop else 0.5
+
+
+def draw_start(window: Window, rng: np.random.Generator | None, count: int, factor: int) -> int:
+    """The first frame of a window, as `draw` does."""
     if rng is None:
-        return range(0, span, window.stride), 0.5
+        return 0
+    latest = (count - (window.frames - 1) * window.stride - 1) // factor
     if window.clip_starts is None or not latest:
-        start = int(rng.integers(latest + 1)) * factor
-    elif rng.random() < window.clip_starts:
-        start = 0
-    else:
-        start = (1 + int(rng.integers(latest))) * factor
-    return range(start, start + span, window.stride), rng.random() if window.random_crop else 0.5
+        return int(rng.integers(latest + 1)) * factor
+    return 0 if rng.random() < window.clip_starts else (1 + int(rng.integers(latest))) * factor
 
 
 def _video(
@@ -174,7 +175,7 @@ def _read(split: Split, column: str, shard: int, items: codes.Items, number: int
         out[:] = 0  # to be filled in once they are encoded
         return
     what = "step" if column in split.latents else "window"
-    codes.read(split.reader, split.columns[column], shard, items, number, first, out, what)
+    codes.read(split.reader, split.columns[column], shard, items, number, first, len(out), out.data.cast("B"), what)
 
 
 def _history(

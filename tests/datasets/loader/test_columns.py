@@ -12,7 +12,7 @@ import torch
 
 from longtake.datasets import clip, index, schema, storage
 from longtake.datasets.errors import Failure, UserError
-from longtake.datasets.loader import Loader
+from longtake.datasets.loader import Loader, batches
 
 WINDOW: dict[str, Any] = {"frames": 5, "size": (16, 16), "batch": 2, "epochs": 2}
 FACTOR = 4  # frames in a step of the handmade latents, which tell their clip (64 each) and their step
@@ -67,6 +67,20 @@ def test_the_frame_difference_is_that_of_the_decoded_clip_exactly(dataset: str) 
             video = clip.decode(storage.read_range(tar, base["mp4_offset"], base["mp4_size"])).astype(int)
             packed = storage.read_range(storage.join(dataset, "train", f"{shard.name}.tar"), row["offset"], row["size"])
             assert np.array_equal(clip.unpack_array(packed), np.abs(np.diff(video, axis=0)))
+
+
+@pytest.mark.parametrize("options", [{}, {"shuffle": False}, {"clip_starts": 0.5}, {"rank": 1, "world": 2}])
+def test_latents_alone_are_those_of_samples_made_one_by_one(
+    small: str, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    columns = ("latent-test", "label")
+    wanted = list(Loader(small, **WINDOW | options, columns=columns, unreadable="skip"))
+    monkeypatch.setattr(batches, "load", None)  # which makes one sample
+    for ours, theirs in zip(Loader(small, **WINDOW | options, columns=columns), wanted, strict=True):
+        assert list(ours) == [name for name in theirs if name != "skipped"]
+        for name, value in ours.items():
+            same = torch.equal(value, theirs[name]) if isinstance(value, torch.Tensor) else value == theirs[name]
+            assert same and type(value) is type(theirs[name]), name
 
 
 def test_a_latent_alone_decodes_nothing(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
