@@ -13,7 +13,7 @@ from longtake.datasets.loader import Loader
 from longtake.training import engines
 from longtake.training.config import TrainConfig
 from longtake.training.engines import ema
-from longtake.training.objective import Batch, Engines, Objective, Turn
+from longtake.training.objective import ON_HOST, Batch, Engines, Objective, Turn
 from longtake.training.progress import means
 
 
@@ -23,9 +23,9 @@ def pass_seed(*numbers: int) -> int:
 
 
 def on_device(batch: Batch, objective: Objective) -> Batch:
-    """A batch whose tensors are on this rank's device, but for those that the objective wants on the host."""
+    """A batch whose tensors are on this rank's device, but for classes and those that the objective wants on the host."""
     device = engines.device()
-    moves = {k for k, v in batch.items() if isinstance(v, Tensor)} - set(objective.on_host)
+    moves = {k for k, v in batch.items() if isinstance(v, Tensor)} - ON_HOST - set(objective.on_host)
     return {k: v.to(device, non_blocking=True) if k in moves else v for k, v in batch.items()}
 
 

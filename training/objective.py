@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from longtake.training.config import TrainConfig
 
 Batch = dict[str, Any]
+ON_HOST = frozenset({"label"})  # of any batch: ids are checked before a pass, and their check must not wait for a GPU
 Engines = Mapping[str, Any]
 Terms = dict[str, Tensor]  # scalars to log, by name
 
@@ -20,7 +21,7 @@ class Turn(NamedTuple):
 
     name     of the engine that learns; the weights of all others are frozen meanwhile
     engines  all engines by name: `engines[name](...)` for the one that learns, `engines[other].module(...)` for others
-    batch    of the loader, on this rank's device but for the objective's `on_host`
+    batch    of the loader, on this rank's device but for `ON_HOST` and the objective's `on_host`
     step     optimizer steps before this one
     rng      this rank's random state of the pass, on its device
     seed     a number of the pass that all ranks share

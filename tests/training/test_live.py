@@ -151,6 +151,22 @@ def test_what_is_encoded_ahead_is_not_lost_where_training_goes_on(cached: dict[s
     assert next(early.at([0]))["key"] == batches[0]["key"]
 
 
+def test_settings_that_change_before_a_checkpoint_are_taken_and_later_ones_are_not(
+    cached: dict[str, str], tmp_path: Path
+) -> None:
+    def windows(count: int) -> int:
+        uris = record.resolved(latte(**LIVE | {"live": {"windows": count}}), live_inputs(cached), tmp_path)
+        live = read_latents(uris["latents"]).live
+        assert live is not None
+        return int(live["windows"])
+
+    assert [windows(6), windows(4), windows(4)] == [6, 4, 4]
+    (tmp_path / "step-1").mkdir()
+    (tmp_path / "latest").write_text("step-1")
+    # the training says that its settings are others than its checkpoint's
+    assert windows(6) == 4
+
+
 def test_latents_that_are_not_finite_name_their_clips(
     cached: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,7 +16,7 @@ from longtake.datasets.loader import Loader, to_model
 from longtake.datasets.loader.live import Live
 from longtake.training.engines import device
 from longtake.training.models.common.codec import load_codec
-from longtake.training.objective import Batch
+from longtake.training.objective import ON_HOST, Batch
 
 
 @lru_cache(maxsize=2)
@@ -91,11 +91,11 @@ class LiveLoader(Loader):
             batch[name] = batch[name].contiguous()
         if self._side is not None:
             self._side.wait_stream(torch.cuda.current_stream())
-        with torch.no_grad(), torch.cuda.stream(self._side) if self._side else nullcontext(), _exactly():
+        with _explained(), torch.no_grad(), torch.cuda.stream(self._side) if self._side else nullcontext(), _exactly():
             batch |= {
                 name: value.to(device(), non_blocking=True)
                 for name, value in batch.items()
-                if isinstance(value, Tensor)
+                if isinstance(value, Tensor) and name not in ON_HOST
             }
             finite = torch.ones(len(videos), dtype=torch.bool, device=device())
             for name, live in self._live.items():
@@ -133,11 +133,14 @@ class LiveLoader(Loader):
             for first in range(0, len(numbers), self._batch_of):
                 group = numbers[first : first + self._batch_of]
                 stream = self._encoded(live, [videos[number] for number in group])  # (b, 2, C, t, h, w)
-                finite[group] &= stream.isfinite().flatten(1).all(1)
-                begin = stream.shape[3] - length
-                batch[name][group] = stream[:, :, :, begin:]
-                if (past := batch.get(f"history_{name}")) is not None and (count := min(begin, past.shape[3])):
-                    past[group, :, :, past.shape[3] - count :] = stream[:, :, :, begin - count : begin]
+                begin, past = stream.shape[3] - length, batch.get(f"history_{name}")
+                count = 0 if past is None else min(begin, past.shape[3])
+                # one by one: to index by a list of numbers makes the host wait for all that the GPU has to do
+                for number, latents in zip(group, stream, strict=True):
+                    finite[number] &= latents.isfinite().all()
+                    batch[name][number] = latents[:, :, begin:]
+                    if past is not None and count:
+                        past[number, :, :, past.shape[3] - count :] = latents[:, :, begin - count : begin]
 
     def _encoded(self, live: Live, videos: list[Tensor]) -> Tensor:
         """Posteriors (b, 2, C, t, h, w) of streams of one shape, in the column's dtype."""
@@ -152,6 +155,16 @@ class LiveLoader(Loader):
 
         parts = [rounded for _, rounded in posteriors(encoder, live.strides, chunks(), settings)]
         return torch.cat(parts, 1).permute(0, 2, 3, 1, 4, 5)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Say what to lower where the encoder finds no memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError as e:
+        message = "out of memory while latents were encoded; lower live.batch or live.chunk, or set live.tile"
+        raise Failure(f"latents: {message} ({' '.join(str(e).split())[:200]})") from e
 
 
 @contextmanager

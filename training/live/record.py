@@ -1,5 +1,6 @@
 """The record of live latents: what `latents.json` says of a column, with the statistics of a sample of windows."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +15,7 @@ from longtake.datasets.errors import UserError
 from longtake.datasets.latents import Latents, Moments, merged, moments, read_latents, write_latents
 from longtake.datasets.loader.live import Live
 from longtake.datasets.loader.streams import Lengths
+from longtake.training.checkpoint import latest
 from longtake.training.live.config import LiveConfig, live_of
 from longtake.training.live.encoder import LiveLoader, frozen
 
@@ -25,6 +27,8 @@ def resolved(config: Any, inputs: Mapping[str, str], folder: Path) -> dict[str, 
 
     The first call measures the statistics, each rank its share; then every rank must call it.
 
+    They are measured again where settings or inputs have changed before there is a checkpoint.
+
     Raises:
         UserError: the encoder is no video autoencoder, or does not fit the settings; no clip is large or long enough.
         Failure: damaged files; latents that are not finite.
@@ -34,8 +38,15 @@ def resolved(config: Any, inputs: Mapping[str, str], folder: Path) -> dict[str, 
         return dict(inputs)
     shrinks = {"latents": (1, 1)} | ({"low_latents": live.shrink} if live.shrink else {})
     uris = {field: str(folder / _FOLDER / field) for field in shrinks}
-    missing = [field for field, uri in uris.items() if not storage.exists(storage.join(uri, "latents.json"))]
-    found = {field: _measured(config, live, inputs, shrinks[field] or (1, 1)) for field in missing}
+    # the settings of a training that has begun are compared with those of its checkpoint
+    begun = latest(folder) is not None
+    missing = [
+        field
+        for field, uri in uris.items()
+        if not storage.exists(storage.join(uri, "latents.json"))
+        or not (begun or _is_of(read_latents(uri), config, live, inputs, shrinks[field]))
+    ]
+    found = {field: _measured(config, live, inputs, shrinks[field]) for field in missing}
     if missing and torch.distributed.is_initialized():
         torch.distributed.barrier()  # all have looked
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
@@ -79,14 +90,28 @@ def sides_of(record: Latents) -> np.ndarray:
     return np.stack([sizes[name].to_numpy() for name in ("height", "width")], 1)
 
 
+def _is_of(record: Latents, config: Any, live: LiveConfig, inputs: Mapping[str, str], shrink: tuple[int, int]) -> bool:
+    """Whether a record was measured with these settings and inputs."""
+    wanted = _chosen(live) | {"shrink": shrink, "windows": live.windows, "seed": config.seed}
+    wanted |= {"dataset": storage.absolute(inputs["dataset"]), "view": inputs.get("view"), "uri": inputs["encoder"]}
+    own = {name: getattr(record, name) for name in wanted if hasattr(record, name)}
+    own |= {"uri": record.encoder["uri"]} | dict(record.live or {})
+    # as JSON: a record's tuples are lists once it is read
+    return json.dumps(own, sort_keys=True) == json.dumps(wanted, sort_keys=True)
+
+
+def _chosen(live: LiveConfig) -> dict[str, Any]:
+    """The settings of a column of latents."""
+    names = {"size", "precision", "dtype", "tile", "overlap", "batch", "chunk", "join_seconds"}
+    return live.model_dump(include=names)
+
+
 def _measured(config: Any, live: LiveConfig, inputs: Mapping[str, str], shrink: tuple[int, int]) -> Latents:
     """The record of a column, with the statistics of `live.windows` windows, drawn by the training's seed."""
     dataset, uri = storage.absolute(inputs["dataset"]), inputs["encoder"]
     model, digest = frozen(uri, live.precision)
     strides = encoding.strides_of(model, uri)
-    chosen = live.model_dump(
-        include={"size", "precision", "dtype", "tile", "overlap", "batch", "chunk", "join_seconds"}
-    )
+    chosen = _chosen(live)
     settings = encoding.Settings(**chosen | {"shrink": shrink})
     encoding.check(settings, strides.stride)
     bases = {split: compact.open_split(dataset, split)[0] for split in schema.SPLITS}

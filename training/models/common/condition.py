@@ -212,7 +212,7 @@ def class_vectors(
     if classes.shape != x.shape[:1]:
         raise ValueError(f"classes has shape {tuple(classes.shape)}; a batch of {x.shape[0]} needs one id each")
     check_classes(classes.tolist(), count)
-    classes = classes.to(x.device)
+    classes = classes.to(x.device, non_blocking=True)
     if hidden is not None:
         classes = torch.where(hidden, NO_CLASS, classes)
     vectors: Tensor = table(torch.where(classes == NO_CLASS, count, classes))

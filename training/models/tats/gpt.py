@@ -257,7 +257,7 @@ def condition_tokens(config: TATSConfig, condition: Condition | None, tokens: Te
     condition, batch, device = condition or Condition(), len(tokens), tokens.device
     parts = [_class_ids(config, condition, tokens, lost.classes)]
     if config.words:
-        parts.append(_padded_words(config, condition, batch, lost.text).to(device))
+        parts.append(_padded_words(config, condition, batch, lost.text).to(device, non_blocking=True))
     if config.audio_codes:
         parts.append(_sound_ids(config, condition, batch, lost.audio).to(device))
     elif condition.audio is not None:
@@ -275,7 +275,7 @@ def _class_ids(config: TATSConfig, condition: Condition, tokens: Tensor, hidden:
     if classes.shape != (batch,):
         raise ValueError(f"classes has shape {tuple(classes.shape)}; a batch of {batch} needs one id each")
     check_classes(classes.tolist(), config.classes)
-    classes = classes.to(tokens.device)
+    classes = classes.to(tokens.device, non_blocking=True)
     if hidden is not None:
         classes = torch.where(hidden, NO_CLASS, classes)
     return torch.where(classes == NO_CLASS, _START, classes + _CLASSES)[:, None]
