@@ -252,16 +252,17 @@ def _alone() -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
-def memory_of(traced: Traced, config: Any, world: int, fused: bool = True) -> Fit:
+def memory_of(traced: Traced, config: Any, world: int, on_gpu: bool = True) -> Fit:
     """The memory of a rank with the config's ZeRO stage, precision and averages.
 
-    `fused`: the update handles all weights at once, as on a GPU; on a CPU one after the other.
+    `on_gpu`: the update handles all weights at once, and what is offloaded takes none of this memory; on a CPU weights are
+    updated one after the other, and what is offloaded stays where it is.
     """
     zero, learning = config.zero_stage, sum(traced.learning.values())
     low = 2 if config.precision == "bf16" else _FP32
     summed = 2 if config.gradient_precision == "bf16" else _FP32  # bytes of a gradient that is added up
     share = world if zero else 1
-    on_host = config.offload != "none"
+    on_host = on_gpu and config.offload != "none"
     elements = traced.weights // low
 
     # what is always there
@@ -274,7 +275,7 @@ def memory_of(traced: Traced, config: Any, world: int, fused: bool = True) -> Fi
     largest = max(traced.learning.values())
     buckets = min(_BUCKET, largest) * low if zero else 0
     gathered = min(elements, _LIVE) * low if zero == 3 else 0
-    if config.offload == "parameters":
+    if on_gpu and config.offload == "parameters":
         weights = 0
 
     def gradients(size: int) -> int:
@@ -285,7 +286,7 @@ def memory_of(traced: Traced, config: Any, world: int, fused: bool = True) -> Fi
     # an update in fp32 of one engine, or of as much of it as ZeRO takes at once: gradients, and what AdamW computes
     at_once = min(largest // share, _LIVE)
     copy = 0 if on_host else _FP32 * at_once
-    computed = 0 if on_host or config.fused_optimizer or not (fused or zero) else copy if fused else 2 * copy
+    computed = 0 if on_host or config.fused_optimizer or not (on_gpu or zero) else copy if on_gpu else 2 * copy
 
     # the moments: each of forward and backward; the first update, of zeros; the exchange of gradients; an update
     made = (learning if config.accumulate > 1 else largest) * low

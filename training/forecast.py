@@ -40,12 +40,12 @@ def announce(stage: Any, config: Any, inputs: Mapping[str, str], there: Device |
     """
     began, there = time.perf_counter(), there or device()
     fit, remedy, why = None, None, ""
+    # the first rank's memory, since all must try the same changes; before anything that can fail on one rank alone
+    limit = [USABLE * there.bytes]
+    torch.distributed.broadcast_object_list(limit)
     try:
         planned = _planned(stage, config, inputs)
         fit = planned.fit()
-        # the first rank's memory, since all must try the same changes
-        limit = [USABLE * there.bytes]
-        torch.distributed.broadcast_object_list(limit)
         if fit.total > limit[0]:
             remedy = planned.remedy(limit[0])
     except (UserError, Failure) as e:
@@ -67,7 +67,7 @@ def _planned(stage: Any, config: Any, inputs: Mapping[str, str]) -> Planned:
     launched = _as_launched(config, torch.distributed.get_world_size())
     if hasattr(stage, "resolved"):
         launched = stage.resolved(launched, sources)
-    return Planned(stage, launched, sources, fused=torch.cuda.is_available())
+    return Planned(stage, launched, sources, on_gpu=torch.cuda.is_available())
 
 
 def _as_launched(config: Any, world: int) -> Any:

@@ -107,9 +107,9 @@ def _written(changes: Change) -> tuple[str, ...]:
 class Planned:
     """What a stage takes as it is, and by how little it would fit; a trace is made once for all that it decides."""
 
-    def __init__(self, stage: Any, config: Any, inputs: Mapping[str, Source], fused: bool = True) -> None:
-        """`fused` as in `memory_of`."""
-        self._stage, self._config, self._inputs, self._fused = stage, config, inputs, fused
+    def __init__(self, stage: Any, config: Any, inputs: Mapping[str, Source], on_gpu: bool = True) -> None:
+        """`on_gpu` as in `memory_of`."""
+        self._stage, self._config, self._inputs, self._on_gpu = stage, config, inputs, on_gpu
         self._traced = functools.cache(self._trace)
 
     def fit(self, config: Any = None) -> Fit:
@@ -118,7 +118,7 @@ class Planned:
         # ZeRO is no part of a trace
         free = {"zero_stage": 0, "offload": "none"}
         return memory_of(
-            self._traced(config.model_copy(update=free).model_dump_json()), config, _world(config), self._fused
+            self._traced(config.model_copy(update=free).model_dump_json()), config, _world(config), self._on_gpu
         )
 
     def remedy(self, limit: float) -> Remedy | None:
@@ -126,13 +126,15 @@ class Planned:
 
         One change after the other, from cheap to dear; then all together, as far as each helps.
         """
-        single = (change for kind in _KINDS_OF_CHANGE for change in kind(self._config))
+        # on a CPU all is in the host's memory already
+        kinds = [kind for kind in _KINDS_OF_CHANGE if self._on_gpu or kind not in (_offloading, _keeping_on_host)]
+        single = (change for kind in kinds for change in kind(self._config))
         for change in single:
             found = self._changed(self._config, change)
             if found is not None and found[1].total <= limit:
                 return Remedy(_written(change), found[1])
         together, config, least = dict[str, Any](), self._config, self.fit().total
-        for kind in _KINDS_OF_CHANGE:
+        for kind in kinds:
             better = together, config
             for change in kind(config):
                 found = self._changed(config, change)

@@ -21,6 +21,7 @@ the process, gives an error, and the others go on in a new process. Exit status 
 """
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
@@ -50,6 +51,10 @@ def work(names: tuple[str, ...], tiny: bool, connection: Any) -> None:
         connection.send({})
         for name in names:
             begun = time.perf_counter()
+            # the engines of the part before hold each other
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
             try:
                 found = PARTS[name](names, TINY if tiny else FULL)
             except Exception as e:

@@ -286,12 +286,10 @@ def memory(model: str, names: tuple[str, ...], sizes: Sizes) -> Found:
     """The peak of a step beside what is said of it before, in bytes."""
     source, gpu = source_of(sizes, model), torch.cuda.is_available()
     traced = fit.trace_of(source.stage, source.config, source.inputs, 1)
-    said = fit.memory_of(traced, source.config, 1, fused=gpu)
+    said = fit.memory_of(traced, source.config, 1, on_gpu=gpu)
     if gpu:
         objective, batch, beside = source.stage.largest(source.config, source.inputs, source.config.batch)
         held = [module.to(engines.device()) for module in beside]
-        if source.config.precision == "bf16":
-            held = [module.bfloat16() for module in held]
         torch.cuda.reset_peak_memory_stats()
         rows = trained(objective, Stream(filled(batch), 2), source.config, 2)
         peak = int(max([torch.cuda.max_memory_allocated(), *(1e9 * row["gpu_memory_gb"] for row in rows)]))

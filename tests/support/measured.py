@@ -31,7 +31,7 @@ def source_of(path: str, name: str) -> fit.Source:
 def planned(source: fit.Source) -> int:
     """What is said of a training, on a CPU and without the averages that `train` leaves out."""
     traced = fit.trace_of(source.stage, source.config, source.inputs, 1)
-    found = fit.memory_of(traced, source.config, 1, fused=False)
+    found = fit.memory_of(traced, source.config, 1, on_gpu=False)
     return found.total - found.averages
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from longtake.training import fit, forecast, stage, tracker
+from longtake.training import fit, forecast, remedies, stage, tracker
 from longtake.training.models.latte import finetune
 from longtake.training.models.latte.model import Latte, config_from_preset
 
@@ -50,7 +50,7 @@ def test_the_first_line_of_a_training_is_its_memory(
 def test_it_foresees_what_a_plan_computes(dataset: str, group: None, capfd: pytest.CaptureFixture[str]) -> None:
     found = {"dataset": fit.Source(None, None, dataset, {})}
     foreseen = forecast.announce(finetune, config(), {"dataset": dataset})
-    planned = fit.memory_of(fit.trace_of(finetune, config(), found, 1), config(), 1, fused=False)
+    planned = fit.memory_of(fit.trace_of(finetune, config(), found, 1), config(), 1, on_gpu=False)
     assert foreseen == planned.total
     latte = Latte(config_from_preset("latte_tiny", depth=2, channels=3, patch=8, shape=(5, 32, 32)))
     assert planned.weights == sum(t.nbytes for t in (*latte.parameters(), *latte.buffers()))
@@ -71,6 +71,18 @@ def test_what_does_not_fit_says_the_smallest_change(
         there = forecast.Device(share * foreseen / fit.USABLE, "the device")
         forecast.announce(finetune, config(), {"dataset": dataset}, there)
         assert says in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_offloading_saves_the_memory_of_a_gpu_alone(dataset: str, group: None, on_gpu: bool) -> None:
+    planned = remedies.Planned(finetune, config(), {"dataset": fit.Source(None, None, dataset, {})}, on_gpu=on_gpu)
+    offloaded, kept = (planned.fit(config(zero_stage=1, offload=to)).total for to in ("optimizer", "none"))
+    assert (offloaded < kept) == on_gpu
+    changes = set[str]()
+    for share in (0.9, 0.7, 0.5, 0.4, 0.3, 0.2):
+        remedy = planned.remedy(share * planned.fit().total)
+        changes |= set(remedy.changes if remedy else ())
+    assert any("offload" in change for change in changes) == on_gpu
 
 
 def test_what_a_trace_cannot_follow_trains_all_the_same(
