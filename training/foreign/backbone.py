@@ -39,6 +39,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.config = config
         self.net = config.row.build(class_of(config.class_name), config.settings)
+        self._recomputed: bool | float = False
         self.register_buffer("empty", torch.zeros(config.text_empty, config.text_width))
         pooled = torch.zeros(config.sizes.pooled_width) if config.sizes.pooled_width else None
         self.register_buffer("empty_pooled", pooled)
@@ -165,12 +166,19 @@ class Backbone(nn.Module):
         inputs = Inputs(
             x, t.float(), text, seen, none, image, image_states, fps, pooled, guidance, front, places, present
         )
-        if config.activation_checkpointing and self.training:
-            mark(config.activation_checkpointing, net.modules())
+        self._recompute(config.activation_checkpointing if self.training else False)
+        return config.row.velocity(net, config, inputs)
+
+    def _recompute(self, share: bool | float) -> None:
+        """Compute the activations of a share of the blocks again; all modules are walked through only where it changes."""
+        if share == self._recomputed:
+            return
+        self._recomputed, net = share, cast("Any", self.net)
+        if share:
+            mark(share, net.modules())
             net.enable_gradient_checkpointing(called_as_marked)
         else:
             net.disable_gradient_checkpointing()
-        return config.row.velocity(net, config, inputs)
 
     def _texts(self, condition: Condition | None, x: Tensor, lost: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """States `(B, N, D)`, the ones that count first and then zeros; which count; and which samples have no text `(B,)`.
