@@ -14,11 +14,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from longtake.datasets import annotations, later, schema
-from longtake.pipeline.seen import batches, search
+from longtake.pipeline.seen import batches, row_count, search
 
 _BUCKETS = 64
 _SPOOLED = pa.schema([("split", pa.string()), ("group", pa.int32()), ("uri", pa.string()), ("extra", pa.string())])
-_PLANNED = np.dtype([("extra", "i8"), ("val", "?"), ("group", "i4"), ("same", "?")])
+_PLANNED = {"extra": np.dtype("i8"), "val": np.dtype("?"), "group": np.dtype("i4"), "same": np.dtype("?")}
 
 
 class Changes:
@@ -26,9 +26,10 @@ class Changes:
 
     def __init__(self, dataset: str, plans: Sequence[str], spool: Path) -> None:
         self.dataset, self.plans, self.spool = dataset, plans, spool
-        # sorted hashes; not a field of the records, which each search would copy
+        # of the planned sources: sorted hashes, and what is known of each. Arrays by themselves, which are sorted one after
+        # the other
         self._uris: np.ndarray | None = None
-        self._planned = np.empty(0, _PLANNED)
+        self._planned: dict[str, np.ndarray] = {}
         self._files = contextlib.ExitStack()
         self._writers: dict[int, pa.ipc.RecordBatchStreamWriter] = {}
 
@@ -52,11 +53,11 @@ class Changes:
         planned["same"][places[same]] = True
         differing = np.flatnonzero(is_planned & ~same)
         if len(differing):
-            records = planned[places[differing]]
+            val, group = (planned[name][places[differing]] for name in ("val", "group"))
             rows = batch.take(pa.array(differing))
-            split = pa.array(np.array(schema.SPLITS, object)[records["val"].astype(int)], pa.string())
-            columns = [split, pa.array(records["group"]), rows["uri"], rows["extra"]]
-            buckets = records["group"] % _BUCKETS
+            split = pa.array(np.array(schema.SPLITS, object)[val.astype(int)], pa.string())
+            columns = [split, pa.array(group), rows["uri"], rows["extra"]]
+            buckets = group % _BUCKETS
             for bucket in np.unique(buckets).tolist():
                 members = pa.array(np.flatnonzero(buckets == bucket))
                 table = pa.RecordBatch.from_arrays([column.take(members) for column in columns], schema=_SPOOLED)
@@ -70,18 +71,20 @@ class Changes:
         return self._writers[bucket]
 
     def _read(self) -> None:
-        hashes, parts = [np.empty(0, np.int64)], [self._planned]
+        count, start = row_count(self.plans), 0
+        uris = np.empty(count, np.int64)
+        self._planned = planned = {name: np.zeros(count, dtype) for name, dtype in _PLANNED.items()}
         for url in self.plans:
             for batch in batches(url, ("uri", "extra", "split", "group")):
-                part = np.zeros(len(batch), _PLANNED)
-                part["extra"] = _hashes(batch["extra"])
-                part["val"] = np.asarray(pc.equal(batch["split"], schema.SPLITS[1]))
-                part["group"] = np.asarray(batch["group"])
-                hashes.append(_hashes(batch["uri"]))
-                parts.append(part)
-        uris, planned = np.concatenate(hashes), np.concatenate(parts)
+                rows = slice(start, start + len(batch))
+                uris[rows], start = _hashes(batch["uri"]), rows.stop
+                planned["extra"][rows] = _hashes(batch["extra"])
+                planned["val"][rows] = np.asarray(pc.equal(batch["split"], schema.SPLITS[1]))
+                planned["group"][rows] = np.asarray(batch["group"])
         order = np.argsort(uris, kind="stable")
-        self._uris, self._planned = uris[order], planned[order]
+        self._uris = uris = uris[order]
+        for name in planned:
+            planned[name] = planned[name][order]
         for split in schema.SPLITS:
             for shard in later.shards(self.dataset, split):
                 for row in later.read(self.dataset, split, shard):
