@@ -7,6 +7,7 @@ Only manifests that name the size of every source are remembered: all other size
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -62,8 +63,11 @@ def digest_of_manifests(patterns: Sequence[str]) -> str:
         for url in (url for pattern in patterns for url in manifests(pattern)):
             for file, open_file in parts(url):
                 digest.update(json.dumps([url, file, _digest(open_file)]).encode())
-    except (OSError, ValueError, Failure):
-        return ""  # reading its rows says what is wrong with it
+    except Exception as e:
+        # reading its rows says what is wrong with it
+        if isinstance(e, OSError | ValueError | Failure) or storage.of_network(e):
+            return ""
+        raise
     return digest.hexdigest()
 
 
@@ -77,7 +81,10 @@ def _digest(open_file: Callable[[], Any]) -> str:
 
 def _footers(folder: str) -> dict[str, list[Any]]:
     """Size and digest of the end of each Parquet file of a folder, by name: its footer, with the bounds of all its columns."""
-    return {name: _footer(storage.join(folder, name)) for name in index.table_names(folder)}
+    names = index.table_names(folder)
+    # two requests each, of thousands of files perhaps
+    with ThreadPoolExecutor(16) as pool:
+        return dict(zip(names, pool.map(lambda name: _footer(storage.join(folder, name)), names), strict=True))
 
 
 def _footer(url: str) -> list[Any]:
