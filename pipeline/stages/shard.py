@@ -22,7 +22,7 @@ from longtake.pipeline.plan import groups as groups_of
 from longtake.pipeline.plan import plan, sources_of
 from longtake.pipeline.seen import planned_again
 
-VERSION = 4
+VERSION = 5
 PRODUCES = "dataset"
 retried = retry.retried
 
