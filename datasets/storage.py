@@ -64,8 +64,8 @@ def filesystem(url: str) -> tuple[Any, str]:
 def _options(protocol: str) -> dict[str, Any]:
     if protocol in ("s3", "s3a"):
         # botocore's ten would hold up the loader's threads
-        given = fsspec.config.conf.get(protocol, {}).get("config_kwargs", {})
-        return {"config_kwargs": {"max_pool_connections": _CONNECTIONS} | given}
+        given = [fsspec.config.conf.get(name, {}).get("config_kwargs", {}) for name in ("s3", protocol)]
+        return {"config_kwargs": {"max_pool_connections": _CONNECTIONS} | given[0] | given[1]}
     if protocol not in ("http", "https"):
         return {}
     import aiohttp

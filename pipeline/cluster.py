@@ -62,6 +62,8 @@ def connected(stage: str, task: TaskConfig | None = None) -> Iterator[Any]:
     """
     address = environment.ray_address()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # a thread that still asks after the end must not start another Ray
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     if address == "local" and "RAY_AUTH_MODE" not in os.environ:
         # without these Ray writes a token into the home folder
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
