@@ -82,9 +82,9 @@ if __name__ == "__main__":
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
     marks = np.linspace(full, count - 1, 6).round().astype(int)
     for n in marks:
-        at = (n + 1) * STEPS * factor / FPS
+        seconds = (n + 1) * STEPS * factor / FPS
         print(
-            f"after {at:5.0f} s: RSS {resident[n]:.1f} MB, a segment in {np.median(taken[max(0, n - 8) : n + 1]):.3f} s"
+            f"after {seconds:5.0f} s: RSS {resident[n]:.1f} MB, a segment in {np.median(taken[max(0, n - 8) : n + 1]):.3f} s"
         )
     print(
         f"peak RSS {peak:.0f} MB; grown by {100 * grown:.2f} % since the memory is full (target {100 * GROWTH:g} %): {'held' if grown <= GROWTH else 'EXCEEDED'}"

@@ -129,7 +129,7 @@ def main() -> None:
         command = [sys.executable, *(several if options.processes > 1 else [])]
         command += [__file__, "--zero", str(stage), "--steps", str(options.steps), "--preset", options.preset]
         command += ["--batch", str(options.batch), "--size", str(options.size)]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         line = done.stdout.strip().splitlines()[-1]
         print(line, flush=True)
         for clock in ("wall", "cpu"):
