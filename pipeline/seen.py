@@ -83,7 +83,7 @@ def _digests(*columns: pa.Array) -> np.ndarray:
 def batches(url: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
     """Columns of a plan, a batch of rows at a time. Raises Failure: it cannot be read."""
     with _reading(url) as file:
-        yield from file.iter_batches(_ROWS, columns=list(columns), use_threads=False)
+        yield from file.iter_batches(_ROWS, columns=list(columns))
 
 
 def row_count(plans: Sequence[str]) -> int:
@@ -100,7 +100,8 @@ def _reading(url: str) -> Iterator[pq.ParquetFile]:
     fs, path = storage.filesystem(url)
     try:
         with fs.open(path, "rb") as f:
-            yield pq.ParquetFile(f)
+            # buffered, all that is still to come would be in memory
+            yield pq.ParquetFile(f, pre_buffer=False)
     except (pa.ArrowException, OSError) as e:
         raise Failure(f"{url}: cannot be read ({' '.join(str(e).split())}); run the same command again") from e
 

@@ -53,7 +53,8 @@ Batch = tuple[pa.RecordBatch, Any]  # with the rows' `extra`, a string array
 def read_parquet(open_file: Open, constants: Mapping[str, str | None]) -> Iterator[Batch]:
     """The batches of a Parquet file, with further columns that have one value each."""
     with open_file() as f:
-        file = pq.ParquetFile(f)
+        # buffered, all that is still to come would be in memory
+        file = pq.ParquetFile(f, pre_buffer=False)
         names = _unique(file.schema_arrow.names)
         for rows in file.iter_batches(_BATCH_ROWS):
             rows.validate(full=True)  # texts are UTF-8

@@ -291,7 +291,7 @@ def _episodes(path: Path, cameras: list[str]) -> Iterator[dict[str, Any]]:
     places = [f"videos/{camera}/{name}" for camera in cameras for name in _PLACE]
     times = [f"videos/{camera}/{name}_timestamp" for camera in cameras for name in ("from", "to")]
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, pre_buffer=False) as file:
             there = file.schema_arrow.names
             if missing := [name for name in ("episode_index", "length", *places, *times) if name not in there]:
                 raise ValueError(f"no column {missing[0]}")
