@@ -1,5 +1,6 @@
 """The process group: joined and left by all ranks, with a store that they share."""
 
+import ctypes
 import importlib
 import os
 import sys
@@ -16,6 +17,7 @@ from torch.distributed.rendezvous import rendezvous
 from longtake.datasets import environment
 from longtake.datasets.errors import Failure, UserError
 
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 QUIET = 10.0  # seconds that a rank waits for the others before it says so
 
 
@@ -32,6 +34,7 @@ def process_group(stall_seconds: float = 1800.0) -> Iterator[tuple[int, int]]:
     gpu = torch.cuda.is_available()
     if not gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
+        _keep_freed_memory()
     else:
         torch.cuda.set_device(device())
     # here, before a tracker's thread imports MLflow, which `without` hides
@@ -63,6 +66,17 @@ def process_group(stall_seconds: float = 1800.0) -> Iterator[tuple[int, int]]:
         for name, value in before.items():
             if value is None and not launched:
                 del os.environ[name]
+
+
+def _keep_freed_memory() -> None:
+    """Let a training on a CPU use freed memory again: by default glibc gives that of large tensors back to the system.
+
+    To fault its pages in anew takes 2 % of a step, and a tenth with ZeRO, which makes large buffers.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
+        libc.mallopt(_MMAP_THRESHOLD, 1 << 30)
 
 
 @contextmanager
