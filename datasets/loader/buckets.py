@@ -96,7 +96,7 @@ def make_buckets(
     Raises:
         UserError: `pixels` or `positions` hold no batch of some shape.
     """
-    numbers = np.unique(shapes.numbers[keep]).tolist()
+    numbers = np.flatnonzero(np.bincount(shapes.numbers[keep])).tolist()
     rows_of = [np.flatnonzero(keep & (shapes.numbers == number)).astype(np.int32) for number in numbers]
     # a shape's part of the epoch is that of its clips' weights
     parts = [len(rows) if weights is None else float(weights[rows].sum()) for rows in rows_of]

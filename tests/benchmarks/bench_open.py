@@ -4,8 +4,8 @@
 
 The dataset is synthetic: a plan, and the compact index that `compact.write` makes of generated shard indexes with
 their true digests; there are no tars and no indexes by themselves. `--dataset` keeps it in a folder, and takes it from
-there the next time. Each measurement is of a process of its own, which has imported the loader before; medians of
-`--turns`. `one shape` has windows of one length and size, `buckets` two lengths and the clips' own shapes.
+there the next time. Each measurement is of a process of its own, which has imported the loader before, and pandas,
+which pyarrow imports with its first array (0.3 s; a training has it from MLflow); medians of `--turns`. `one shape` has windows of one length and size, `buckets` two lengths and the clips' own shapes.
 
 open: `Loader(...)`. first: the samples of the first batch, with their index rows checked. resume: `load_state_dict`
 after half an epoch and the samples of the batch that comes next. worker: making the plan ready for a worker process
@@ -117,6 +117,7 @@ def _rows(start: int, stop: int) -> pa.Table:
 
 def measure(dataset: str, kind: str, profile: bool) -> dict[str, float]:
     """What one fresh process takes."""
+    pa.array([0])  # imports pandas
     out = {"import": _peak()}
     profiler = cProfile.Profile()
     if profile:
