@@ -6,7 +6,7 @@ evenly from one picture to another while both lose detail faster than a move of 
 them. A short fade through black or white, of which a low rate shows few frames, is one picture that fades out and another
 that fades in.
 
-In 42 real clips it finds the 15 hard cuts that one sees and no other, at their own rate and at 12 frames a second
+In 32 real clips it finds the 15 hard cuts that one sees and no other, at their own rate and at 12 frames a second
 (`tests/pipeline/labels_cuts.json`). Before light and shade in the small were compared, in generated footage with 71 hard
 cuts and 129 gradual transitions it found 71 and 127, and no false ones; in blended real footage with 30 and 152 it found
 30 and 148, and 5 and 1 false ones. At 12 frames a second it drops 99 % of the frames inside transitions of

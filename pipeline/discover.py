@@ -4,8 +4,6 @@ A manifest streams in constant memory, whatever its length. A folder is listed a
 some millions of files, name them in a manifest.
 """
 
-import hashlib
-import json
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -49,14 +47,6 @@ def find(
             yield _with_sizes(batch, threads)
     if not count:
         raise UserError(f"sources: {', '.join(patterns)}: no source listed there")
-
-
-def listing_digest(patterns: Sequence[str]) -> str:
-    """A digest that changes when a source appears, goes, or changes its size, tag or manifest columns. Reads no contents."""
-    digest = hashlib.sha256()
-    for batch in find(patterns):
-        digest.update(json.dumps(batch.to_pydict()).encode())
-    return digest.hexdigest()
 
 
 def _files(pattern: str) -> Iterator[pa.RecordBatch]:

@@ -15,9 +15,9 @@ from longtake.pipeline import retry
 from longtake.pipeline.cluster import TaskConfig
 from longtake.pipeline.commit import group_name, make_group
 from longtake.pipeline.config import AudioConfig, ClipConfig, CutConfig, FrameDiffConfig, LimitsConfig
-from longtake.pipeline.discover import listing_digest
 from longtake.pipeline.groups import run as run_groups
 from longtake.pipeline.groups import tasks
+from longtake.pipeline.listed import listing_digest
 from longtake.pipeline.plan import groups as groups_of
 from longtake.pipeline.plan import plan, sources_of
 from longtake.pipeline.seen import planned_again

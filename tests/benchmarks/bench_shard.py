@@ -42,6 +42,7 @@ import imageio_ffmpeg
 import psutil
 
 from longtake.datasets import index
+from longtake.datasets.shard import sha256_of
 from longtake.pipeline.config import AudioConfig, ClipConfig, CutConfig, LimitsConfig
 from longtake.pipeline.isolate import Worker
 from longtake.pipeline.stages import shard
@@ -208,7 +209,9 @@ if __name__ == "__main__":
     figures.add_option(parser)
     arguments = parser.parse_args()
     ffmpeg_binary = arguments.ffmpeg or imageio_ffmpeg.get_ffmpeg_exe()
-    found = sorted(p for p in arguments.folder.absolute().iterdir() if p.is_file())
+    # of files with the same bytes the stage decodes one
+    files = sorted((p for p in arguments.folder.absolute().iterdir() if p.is_file()), reverse=True)
+    found = sorted({sha256_of(p): p for p in files}.values())
     clip = ClipConfig(short_side=128, fps=arguments.fps, crf=23)
     cores = len(os.sched_getaffinity(0))
     group_sources = math.ceil(len(found) / (arguments.groups_per_core * cores))

@@ -9,7 +9,7 @@ import pytest
 
 from longtake.datasets import storage
 from longtake.datasets.errors import Failure, UserError
-from longtake.pipeline import discover
+from longtake.pipeline import discover, listed
 
 
 def rows_of(*patterns: str) -> list[dict[str, Any]]:
@@ -36,10 +36,10 @@ def test_a_folder_gives_its_videos_and_a_glob_what_it_matches(tmp_path: Path) ->
 
 def test_the_listing_digest_follows_the_listing(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_bytes(b"1")
-    before = discover.listing_digest([str(tmp_path)])
-    assert before == discover.listing_digest([str(tmp_path)])
+    before = listed.listing_digest([str(tmp_path)])
+    assert before == listed.listing_digest([str(tmp_path)])
     (tmp_path / "b.mp4").write_bytes(b"1")
-    assert discover.listing_digest([str(tmp_path)]) != before
+    assert listed.listing_digest([str(tmp_path)]) != before
 
 
 def test_a_glob_follows_links(tmp_path: Path) -> None:

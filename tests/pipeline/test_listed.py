@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from longtake.datasets import annotations, later
+from longtake.datasets.errors import UserError
 from longtake.datasets.verify import verify
 from longtake.pipeline import discover, listed, plan
 
@@ -54,6 +55,28 @@ def test_what_is_planned_is_not_read_again(tmp_path: Path, planned: Planned) -> 
     assert planned() == (3, 0)
     assert (tmp_path / "dataset" / listed.RECORD).is_file()
     assert not any(listed.RECORD in problem for problem in verify(str(tmp_path / "dataset")))
+
+
+def test_the_rows_of_a_manifest_with_all_sizes_are_not_read_for_its_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sized, unsized = tmp_path / "sized.parquet", tmp_path / "unsized.parquet"
+    pq.write_table(pa.Table.from_pylist([row(1), row(2)]), sized)
+    pq.write_table(pa.Table.from_pylist([row(1), row(2, bytes=None)]), unsized)
+    read = list[str]()
+    monkeypatch.setattr(listed, "find", lambda patterns: read.extend(patterns) or discover.find(patterns))
+
+    before = listed.listing_digest([str(sized)])
+    assert not read and listed.listing_digest([str(sized)]) == before
+    pq.write_table(pa.Table.from_pylist([row(1, label="a"), row(2)]), sized)
+    assert listed.listing_digest([str(sized)]) != before and not read
+    # its size may change while the manifest does not
+    before = listed.listing_digest([str(unsized)])
+    (tmp_path / "2.mp4").write_bytes(b"video")
+    assert listed.listing_digest([str(unsized)]) != before and len(read) == 2
+    sized.write_bytes(b"no Parquet")
+    with pytest.raises(UserError, match=r"sized\.parquet"):
+        listed.listing_digest([str(sized)])
 
 
 def test_a_manifest_of_the_same_length_and_age_is_read_by_its_bytes(tmp_path: Path, planned: Planned) -> None:
