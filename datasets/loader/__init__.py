@@ -4,8 +4,9 @@
 order of an epoch, `batches` makes a batch from its number alone, `window` a sample in its place of the batch (`room`), of
 latents and tokens by `codes`. `workers` run them, and `handover` brings their batches over.
 
-Samples are read by their byte offsets, the bytes of latents are copied once, and the pixels of a batch are uint8. The state is the number of
-batches taken: resuming opens the tars that come next, at the bytes where they are needed, and replays nothing.
+Samples are read by their byte offsets, the bytes of latents are copied once, and the pixels of a batch are uint8. The
+state is the number of batches taken: resuming opens the tars that come next, at the bytes where they are needed, and
+replays nothing.
 """
 
 from collections.abc import Mapping, Sequence
