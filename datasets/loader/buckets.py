@@ -53,8 +53,9 @@ def window_shapes(
     """
     counts, heights, widths = (facts[name].to_numpy() for name in ("frame_count", "height", "width"))
     spans = np.array([(t - 1) * stride + 1 for t in lengths])
-    longer = sum(((counts < span).astype(np.int16) for span in spans), np.zeros(len(counts), np.int16))
-    length = np.minimum(longer, np.int16(len(lengths) - 1))
+    length = np.zeros(len(counts), np.int16)
+    for span in spans[:-1]:
+        length += counts < span
     short = counts < spans[-1]
 
     sides = [heights, widths, *(table[name].to_numpy() for table in codes for name in ("height", "width"))]
@@ -149,10 +150,12 @@ def _coded(sides: Sequence[np.ndarray], above: np.ndarray | None = None) -> pa.D
     # two sides, the common case, in half the memory and time
     kind = np.dtype(np.uint32 if above is None and len(sides) <= 2 else np.uint64)
     code = sides[0].astype(kind)
-    if above is not None:
-        code |= np.left_shift(above.astype(kind), 32, dtype=kind)
-    for n, side in enumerate(sides[1:], 1):
-        code |= np.left_shift(side.astype(kind), 16 * n, dtype=kind)
+    shifted = np.empty_like(code)
+    shifts = [(16 * n, side) for n, side in enumerate(sides[1:], 1)]
+    for bits, side in shifts if above is None else [*shifts, (32, above)]:
+        # in place: each array more is as large as all that is made here
+        np.left_shift(side, bits, out=shifted, dtype=kind, casting="unsafe")
+        code |= shifted
     return pa.array(code).dictionary_encode()
 
 

@@ -4,7 +4,8 @@
     python tests/benchmarks/bench_step.py --turns 3             # one process, ZeRO 0 to 3, three times each
     python tests/benchmarks/bench_step.py --processes 2         # ZeRO 0 to 3 against DistributedDataParallel
 
-Prints medians over the steps. The loop's step holds all that it does beside training: averages, metrics, guards, logging.
+Prints means over the steps, so that each counts, also one that logs. The loop's step holds all that it does beside
+training: averages, metrics, guards, logging.
 """
 
 import argparse
@@ -102,7 +103,7 @@ def measure(steps: int, zero_stage: int, preset: str, batch: int, size: int) -> 
         train(Objective({"model": made(preset)}, loss), stream, config, Path(folder))
         found: dict[str, Any] = {"zero_stage": zero_stage, "processes": world, "steps": steps}
         for which, clock in enumerate(("wall", "cpu")):
-            bare, ours = (statistics.median(t[which] for t in times[WARM_UP:]) for times in (turns.bare, turns.ours))
+            bare, ours = (statistics.fmean(t[which] for t in times[WARM_UP:]) for times in (turns.bare, turns.ours))
             found |= {f"{clock}_bare_ms": 1e3 * bare, f"{clock}_ours_ms": 1e3 * ours, f"{clock}_ratio": ours / bare}
         return found
 
