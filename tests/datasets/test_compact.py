@@ -1,3 +1,4 @@
+import json
 import pickle
 import shutil
 from collections.abc import Callable
@@ -7,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from longtake.datasets import compact, index, schema, storage
+from longtake.datasets import compact, index, later, schema, storage
 from longtake.datasets.errors import Failure
 from longtake.datasets.loader import Loader
 
@@ -275,3 +276,22 @@ def test_a_file_of_another_version_is_not_used(copy: Path, capsys: pytest.Captur
     index.write_index(url, rows, older, record.tar_bytes, record.tar_sha256)
     opens_as_it_is(copy)
     assert "written by another version" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_labels_that_came_later_stand_at_their_clips_and_no_others_change(copy: Path, folded: bool) -> None:
+    wanted = compact.open_split(str(copy), "train")[1]["label"].to_pylist()
+    shards = truth(copy)
+    for number in (0, 3):
+        start = sum(len(shard.table) for shard in shards[:number])
+        sources = shards[number].table["source"].to_pylist()
+        rows = [{"source": sources[0], "uri": "a.mp4", "extra": json.dumps({"label": f"new {number}"})}]
+        later.write(str(copy), "train", shards[number].name, rows)
+        for place, source in enumerate(sources, start):
+            wanted[place] = f"new {number}" if source == sources[0] else wanted[place]
+    if folded:
+        write_all(copy)
+    rows, facts = compact.open_split(str(copy), "train")
+    assert facts["label"].to_pylist() == wanted and facts.num_rows == len(wanted)
+    assert rows.labelled(3)["label"].to_pylist() == wanted[rows.starts[3] :][: rows.counts[3]]
+    assert len(Loader(str(copy), **OPTIONS).classes) == len(set(filter(None, wanted)))
