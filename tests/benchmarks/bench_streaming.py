@@ -3,8 +3,8 @@
     python tests/benchmarks/bench_streaming.py [--preset pv_vae_tiny] [--seconds 10 120] [--size 96] [--large 1088 1920] [--turns 1]
 
 Each line is a process of its own with one thread and random weights, and its peak above what was resident with the
-model loaded, after a step on a tiny clip. glibc gives blocks of 1 MB back at once, so that its heap's gaps do not count
-(with them, peaks wander by a third until they settle). Streaming: video of 24 frames a second comes in chunks of 16 frames, is
+model loaded, after a step on a tiny clip. glibc has one heap and gives blocks of 64 KiB back at once, so that the heap's
+gaps do not count (with them, peaks wander by a third until they settle). Streaming: video of 24 frames a second comes in chunks of 16 frames, is
 encoded, decoded and dropped; the target is the same peak for the long as for the short video. Tiling: 5 frames of the
 large size are encoded and decoded in one pass, as a whole and in tiles of `--tile` pixels. `--figures` wants the first alone.
 """
@@ -58,7 +58,7 @@ def run(what: str, **job: Any) -> float:
         [sys.executable, __file__, "--job", json.dumps(job)],
         capture_output=True,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"},
         check=False,
     )
     if done.returncode:
