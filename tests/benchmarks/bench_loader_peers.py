@@ -1,180 +1,50 @@
-"""The same clips through webdataset, litdata, mosaicml-streaming and ours: samples a second, and resuming in mid-epoch.
+"""The same clips through five other loaders and ours: samples a second, and resuming in mid-epoch.
 
     python3.11 -m venv ENV
-    ENV/bin/pip install torch==2.13.0 webdataset litdata mosaicml-streaming decord av zstandard
+    ENV/bin/pip install torch==2.13.0 decord av zstandard \\
+        webdataset litdata mosaicml-streaming megatron-energon==7.4.1 spdl==0.8.0
     ENV/bin/pip uninstall torchvision  # unless it is of the same build as torch
     python tests/benchmarks/bench_loader_peers.py FOLDER --python ENV/bin/python [--dataset URL]
 
 FOLDER holds videos, of which a dataset of clips with a short side of 128 is made first; `--dataset` takes one that is
-there already. The clips are repeated under other names to `--samples`, and written as tars (ours, which webdataset
-reads as well), litdata chunks and MDS shards, all on the local disk and in the page cache.
+there already. The clips are repeated under other names to `--samples`, and written as tars (ours, which webdataset and
+Energon read as well), litdata chunks, MDS shards and plain files (for SPDL, which has no format of its own), all on the
+local disk and in the page cache. peer_loaders.py is the half that runs in the peers' environment.
 
 Throughput: 17 consecutive frames from a random place of each clip, cropped to 128x128, shuffled, batches of 8, two
 workers, in steady state within the first epoch, in turns, medians of `--turns`. The peers decode by our own
 `clip.decode` and, in a second set, by decord. The target is 1.2 times the best of them.
 
+- Energon: a crude dataset with a cooker, as its documentation has it for what no sample type of its own fits, its own
+  decoders off; `get_loader` here, `get_savable_loader` where a state is saved.
+- SPDL: its documentation has no best way but three to try. `spdl` is its first, threads in the process of the training,
+  and `spdl-mp` its way where Python holds the threads up, a pool of processes that make whole batches. The third, threads
+  in one process beside, costs a copy more than the first, and is for a training step that uses the CPU. A further line
+  is `spdl` with its own decoder, `spdl.io`, whose pixels are the same as ours and decord's.
+
 Resuming: each takes `--broken-after` batches without decoding, saves its state and ends; a new process goes on to the
 end of the epoch, with as many workers or another number. Counted are samples that came twice and that never came.
+webdataset and SPDL have no state to save.
 
 mosaicml-streaming imports torchvision, which it does not need here; it gets an empty stand-in.
 """
 
 import argparse
-import io
 import json
 import os
-import random
 import statistics
 import subprocess
-import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import numpy as np
-
-FRAMES, SIZE, BATCH, WORKERS = 17, 128, 8, 2
-PEERS = ("webdataset", "litdata", "streaming")
-
-
-# ---- in the peers' environment
-
-
-class Pick:
-    """A stored sample to what a training step sees of it."""
-
-    def __init__(self, decoder: str) -> None:
-        self.decoder = decoder
-
-    def __call__(self, key: str, mp4: bytes, count: int) -> dict[str, Any]:
-        if self.decoder == "none":
-            return {"key": key}
-        start = random.randrange(count - FRAMES + 1)
-        frames = list(range(start, start + FRAMES))
-        if self.decoder == "decord":
-            import decord
-
-            video = decord.VideoReader(io.BytesIO(mp4), num_threads=1).get_batch(frames).asnumpy()
-        else:
-            from longtake.datasets import clip
-
-            video = clip.decode(mp4, frames)
-        top, left = (video.shape[1] - SIZE) // 2, (video.shape[2] - SIZE) // 2
-        video = video[:, top : top + SIZE, left : left + SIZE]
-        return {"key": key, "video": np.ascontiguousarray(video.transpose(3, 0, 1, 2))}
-
-
-def stand_in() -> None:
-    import transformers.feature_extraction_utils  # noqa: F401  looks for the true one
-
-    def empty(name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return type(name, (), {})
-
-    for name in ("torchvision", "torchvision.datasets", "torchvision.transforms", "torchvision.transforms.functional"):
-        module = ModuleType(name)
-        module.__getattr__ = empty  # type: ignore[method-assign]
-        module.__path__ = []
-        sys.modules[name] = module
-
-
-def of_webdataset(folder: Path, pick: Pick, workers: int) -> Any:
-    import webdataset
-    from torch.utils.data import default_collate
-
-    def decode(sample: dict[str, Any]) -> dict[str, Any]:
-        return pick(sample["__key__"], sample["mp4"], json.loads(sample["json"])["count"])
-
-    tars = sorted(str(p) for p in (folder / "ours" / "train").glob("?????.tar"))
-    samples = webdataset.WebDataset(tars, shardshuffle=len(tars)).shuffle(500).map(decode)
-    batches = samples.batched(BATCH, collation_fn=default_collate)
-    return webdataset.WebLoader(batches, batch_size=None, num_workers=workers, persistent_workers=True)
-
-
-def of_litdata(folder: Path, pick: Pick, workers: int) -> Any:
-    import litdata
-
-    class Clips(litdata.StreamingDataset):
-        def __getitem__(self, at: Any) -> dict[str, Any]:
-            return pick(**super().__getitem__(at))
-
-    clips = Clips(str(folder / "litdata"), shuffle=True)
-    return litdata.StreamingDataLoader(clips, batch_size=BATCH, num_workers=workers, persistent_workers=True)
-
-
-def of_streaming(folder: Path, pick: Pick, workers: int) -> Any:
-    stand_in()
-    import streaming
-
-    class Clips(streaming.StreamingDataset):
-        def __getitem__(self, at: Any) -> dict[str, Any]:
-            return pick(**super().__getitem__(at))
-
-    clips = Clips(local=str(folder / "streaming"), shuffle=True, batch_size=BATCH)
-    return streaming.StreamingDataLoader(clips, batch_size=BATCH, num_workers=workers, persistent_workers=True)
-
-
-MAKE: dict[str, Callable[[Path, Pick, int], Any]] = dict(
-    zip(PEERS, (of_webdataset, of_litdata, of_streaming), strict=True)
-)
-
-
-def stored(row: tuple[str, str, int]) -> dict[str, Any]:
-    return {"key": row[0], "mp4": Path(row[1]).read_bytes(), "count": row[2]}
-
-
-def export(folder: Path) -> None:
-    """Write the clips as litdata and streaming have them."""
-    rows = [tuple(row) for row in json.loads((folder / "clips.json").read_text())]
-    import litdata
-
-    litdata.optimize(stored, rows, str(folder / "litdata"), chunk_bytes="64MB", num_workers=1, verbose=False)
-    stand_in()
-    import streaming
-
-    columns = {"key": "str", "mp4": "bytes", "count": "int"}
-    with streaming.MDSWriter(out=str(folder / "streaming"), columns=columns) as out:
-        for row in rows:
-            out.write(stored(row))
-
-
-def serve(name: str, folder: Path, decoder: str) -> None:
-    """Take as many batches as each line of stdin says."""
-    loader = MAKE[name](folder, Pick(decoder), WORKERS)
-
-    def endless() -> Iterator[Any]:
-        while True:
-            yield from loader
-
-    stream = endless()
-    for line in sys.stdin:
-        taken = [len(batch["key"]) for batch in islice(stream, int(line))]
-        print(f"taken {sum(taken)}", flush=True)
-
-
-def resumed(name: str, folder: Path, workers: int, count: int, state: Path) -> None:
-    """Go on from the state, if there is one; after `count` batches save it anew. Prints the keys that came."""
-    loader = MAKE[name](folder, Pick("none"), workers)
-    if state.exists():
-        loader.load_state_dict(json.loads(state.read_text()))
-    keys = []
-    for number, batch in enumerate(loader, 1):
-        keys += batch["key"]
-        if number == count:
-            if hasattr(loader, "state_dict"):
-                state.write_text(json.dumps(loader.state_dict()))
-            break
-    print(f"keys {json.dumps(keys)}", flush=True)
-    os._exit(0)  # the workers are in the middle of their work
-
-
-# ---- in ours
+import peer_loaders
+import psutil
+from peer_loaders import BATCH, FRAMES, SIZE, WORKERS
 
 
 def repeated(dataset: str, folder: Path, samples: int) -> None:
@@ -240,6 +110,9 @@ class Peer:
         raise SystemExit(f"a peer ended:\n{self.errors.read()[-2000:]}")
 
     def close(self) -> None:
+        # not all of them see by themselves that their parent has ended
+        for one in psutil.Process(self.process.pid).children(recursive=True):
+            one.kill()
         self.process.kill()
         self.process.wait()
 
@@ -259,8 +132,8 @@ def throughput(
         for _ in range(batches):
             next(ours)
 
-    names = [(name, decoder) for name in arguments.peers for decoder in ("clip.decode", "decord")]
-    peers = {f"{n}, {d}": Peer(peer("--serve", n, str(folder), d), environment) for n, d in names}
+    names = [(name, decoder) for name in arguments.peers for decoder in peer_loaders.decoders(name)]
+    peers = {f"{n}, {d}": Peer(peer("serve", n, str(folder), d), environment) for n, d in names}
     takers = {"ours": take} | {name: one.take for name, one in peers.items()}
     times: dict[str, list[Times]] = {name: [] for name in takers}
     for turn in range(arguments.turns):
@@ -286,7 +159,7 @@ def throughput(
     print(f"  load {os.getloadavg()[0]:.1f} on {len(os.sched_getaffinity(0))} cores", flush=True)
     by_turn = {name: [t[0] / o[0] for t, o in zip(taken, times["ours"], strict=True)] for name, taken in times.items()}
     return {
-        decoder: [min(turn) for turn in zip(*(by_turn[f"{n}, {decoder}"] for n in arguments.peers), strict=True)]
+        decoder: [min(turn) for turn in zip(*(by_turn[f"{n}, {d}"] for n, d in names if d == decoder), strict=True)]
         for decoder in to_ours
     }
 
@@ -307,7 +180,7 @@ def resuming(folder: Path, peer: Callable[..., list[str]], environment: dict[str
 
     def theirs(name: str) -> Callable[[int, int, Path], list[str] | str]:
         def run(workers: int, count: int, state: Path) -> list[str] | str:
-            command = peer("--resumed", name, str(folder), str(workers), str(count), str(state))
+            command = peer("resume", name, str(folder), str(workers), str(count), str(state))
             try:
                 done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
             except subprocess.TimeoutExpired:
@@ -340,7 +213,7 @@ def resuming(folder: Path, peer: Callable[..., list[str]], environment: dict[str
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("folder", type=Path)
     parser.add_argument("--python", help="of the peers' environment")
     parser.add_argument("--figures", type=Path, help="Write the values of each turn there, by name, as JSON.")
     parser.add_argument("--dataset", help="a dataset of clips in place of the one to make")
@@ -348,42 +221,32 @@ if __name__ == "__main__":
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--batches", type=int, default=24)
     parser.add_argument("--broken-after", type=int, default=37)
-    parser.add_argument("--peers", nargs="+", choices=PEERS, default=PEERS)
+    parser.add_argument("--peers", nargs="+", choices=peer_loaders.PEERS, default=list(peer_loaders.PEERS))
     parser.add_argument("--only", choices=("throughput", "resuming"))
-    for hidden, count in (("--export", 1), ("--serve", 3), ("--resumed", 5)):
-        parser.add_argument(hidden, nargs=count, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.export:
-        export(Path(arguments.export[0]))
-    elif arguments.serve:
-        serve(arguments.serve[0], Path(arguments.serve[1]), arguments.serve[2])
-    elif arguments.resumed:
-        name, where, *numbers, kept = arguments.resumed
-        resumed(name, Path(where), int(numbers[0]), int(numbers[1]), Path(kept))
-    else:
-        if not arguments.python:
-            parser.error("--python: is missing; name the Python of an environment with the peers, made as said above")
-        import figures
-        from bench_loader import make_clips
+    if not arguments.python:
+        parser.error("--python: is missing; name the Python of an environment with the peers, made as said above")
+    import figures
+    from bench_loader import make_clips
 
-        from longtake.datasets import clip
+    from longtake.datasets import clip
 
-        with tempfile.TemporaryDirectory() as spool:
-            folder = Path(spool)
-            # only the decoder is of use there
-            (folder / "path").mkdir()
-            (folder / "path" / "longtake").symlink_to(Path(clip.__file__).resolve().parents[1])
-            environment = os.environ | {"PYTHONPATH": str(folder / "path")}
+    with tempfile.TemporaryDirectory() as spool:
+        folder = Path(spool)
+        # only the decoder is of use there
+        (folder / "path").mkdir()
+        (folder / "path" / "longtake").symlink_to(Path(clip.__file__).resolve().parents[1])
+        environment = os.environ | {"PYTHONPATH": str(folder / "path")}
 
-            def peer(*options: str) -> list[str]:
-                return [arguments.python, __file__, *options]
+        def peer(*options: str) -> list[str]:
+            return [arguments.python, peer_loaders.__file__, *options]
 
-            found = sorted(p.absolute() for p in arguments.folder.iterdir() if p.is_file())
-            repeated(arguments.dataset or make_clips(f"{spool}/clips", found), folder, arguments.samples)
-            exported = subprocess.run(peer("--export", spool), capture_output=True, text=True, env=environment)
-            if exported.returncode:
-                raise SystemExit(f"the export failed:\n{exported.stderr[-2000:]}")
-            if arguments.only != "resuming":
-                figures.write(arguments.figures, throughput(folder, peer, environment, arguments))
-            if arguments.only != "throughput":
-                resuming(folder, peer, environment, arguments)
+        found = sorted(p.absolute() for p in arguments.folder.iterdir() if p.is_file())
+        repeated(arguments.dataset or make_clips(f"{spool}/clips", found), folder, arguments.samples)
+        exported = subprocess.run(peer("export", spool), capture_output=True, text=True, env=environment)
+        if exported.returncode:
+            raise SystemExit(f"the export failed:\n{exported.stderr[-2000:]}")
+        if arguments.only != "resuming":
+            figures.write(arguments.figures, throughput(folder, peer, environment, arguments))
+        if arguments.only != "throughput":
+            resuming(folder, peer, environment, arguments)
