@@ -10,9 +10,9 @@ stride of ten seconds, ClipTranscodingStage with `libopenh264`, one thread, 16 c
 model runs. Of the encoders that it takes, `h264_nvenc` needs a GPU, and it calls `libvpx-vp9` the slower way; it takes
 `libx264` no more. The ffmpeg of imageio-ffmpeg has libopenh264, that of Debian has not.
 
-The stages are called one after the other for each file, in as many processes as cores. Its executors only add to that,
-and cannot run it on two cores: with RayDataExecutor the transcoding stage's six CPUs give TaskUnschedulableError, and
-with one CPU for it, four files had not moved after four minutes.
+The stages are called one after the other for each file, in as many processes as cores. Its executors only add to that:
+on two cores RayDataExecutor raises TaskUnschedulableError, since the transcoding stage asks for six CPUs, and with one
+CPU for it, four files had not moved after four minutes of a busy machine.
 
 Theirs does less and more. It neither looks for cuts nor scores, hashes, scales or resamples, and copies the sound. Its
 clips thus have the size and the rate of their source, where ours have a short side of 128 and 24 frames a second. Files
