@@ -19,7 +19,7 @@ workers, in steady state within the first epoch, in turns, medians of `--turns`.
   decoders off; `get_loader` here, `get_savable_loader` where a state is saved.
 - SPDL: its documentation has no best way but three to try. `spdl` is its first, threads in the process of the training,
   and `spdl-mp` its way where Python holds the threads up, a pool of processes that make whole batches. The third, threads
-  in one process beside, costs a copy more than the first, and is for a training step that uses the CPU. A further line
+  in one process beside, is for a training step that uses the CPU, and is left out. A further line
   is `spdl` with its own decoder, `spdl.io`, whose pixels are the same as ours and decord's.
 
 Resuming: each takes `--broken-after` batches without decoding, saves its state and ends; a new process goes on to the
