@@ -35,7 +35,7 @@ from pathlib import Path
 import av
 import figures
 import imageio_ffmpeg
-from bench_peers import SUFFIXES, ours
+from bench_peers import HEAD, SUFFIXES, ours, without_video
 from bench_shard import children, stage
 
 from longtake.pipeline.config import ClipConfig
@@ -127,15 +127,11 @@ def turn(found: list[Path], taken: list[Path], python: str, binaries: dict[str, 
     group_sources = math.ceil(len(taken) / (8 * len(os.sched_getaffinity(0))))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for part in ("junk", "theirs", "nothing"):
-            (folder / part).mkdir()
-        junk = [folder / "junk" / f"{n}.mp4" for n in range(len(taken))]
-        for n, path in enumerate(junk):
-            path.write_text(f"no video {n}")
+        junk = without_video(folder, len(taken))
         theirs = curator(python, binaries, encoder, taken, folder / "theirs")
         nothing = curator(python, binaries, encoder, junk, folder / "nothing")
         print(f"{len(taken)} of {len(found)} files have a suffix that NeMo Curator takes")
-        print(f"{'':24s} {'CPU s':>7s} {'fixed':>7s} {'sources':>7s} {'clips':>6s} {'footage':>8s}")
+        print(HEAD)
         print(
             f"{'NeMo Curator 1.4.0':24s} {theirs.cpu:7.1f} {nothing.cpu:7.1f} {theirs.sources:7d} {theirs.clips:6d}"
             f" {theirs.seconds:6.1f} s",

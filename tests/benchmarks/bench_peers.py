@@ -138,21 +138,30 @@ def ours(dataset: str) -> tuple[int, int, float]:
     return len({r["source"] for r in rows}), len(rows), sum(r["frame_count"] / r["fps"] for r in rows)
 
 
+HEAD = f"{'':24s} {'CPU s':>7s} {'fixed':>7s} {'sources':>7s} {'clips':>6s} {'footage':>8s}"
+
+
+def without_video(folder: Path, count: int) -> list[Path]:
+    """Make the folders of a turn; returns so many files that hold no video, by which fixed parts are measured."""
+    for part in ("junk", "theirs", "nothing"):
+        (folder / part).mkdir()
+    junk = [folder / "junk" / f"{n}.mp4" for n in range(count)]
+    for n, path in enumerate(junk):
+        path.write_text(f"no video {n}")
+    return junk
+
+
 def turn(found: list[Path], taken: list[Path], python: str, binary: str, mend: bool) -> float:
     """Measure both once and print it; gives CPU seconds without the fixed parts, theirs to ours."""
     clip = ClipConfig(short_side=128, crf=23)
     group_sources = math.ceil(len(taken) / (8 * len(os.sched_getaffinity(0))))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for part in ("junk", "theirs", "nothing"):
-            (folder / part).mkdir()
-        junk = [folder / "junk" / f"{n}.mp4" for n in range(len(taken))]
-        for n, path in enumerate(junk):
-            path.write_text(f"no video {n}")
+        junk = without_video(folder, len(taken))
         theirs = video2dataset(python, binary, taken, mend, folder / "theirs")
         nothing = video2dataset(python, binary, junk, mend, folder / "nothing")
         print(f"{len(taken)} of {len(found)} files have a suffix that video2dataset takes")
-        print(f"{'':24s} {'CPU s':>7s} {'fixed':>7s} {'sources':>7s} {'clips':>6s} {'footage':>8s}")
+        print(HEAD)
         print(
             f"{'video2dataset 1.3.0':24s} {theirs.cpu:7.1f} {nothing.cpu:7.1f} {theirs.sources:7d} {theirs.samples:6d}"
             f" {theirs.seconds:6.1f} s; it says that {theirs.claimed} of {len(taken)} files succeeded,"
