@@ -62,17 +62,17 @@ def _read(dataset: str) -> Any:
 def listing_digest(patterns: Sequence[str]) -> str:
     """A digest that changes when a source appears, goes, or changes its size, tag or manifest columns. Reads no contents.
 
-    Of manifests in Parquet that name all sizes the bytes are read, and no rows: parsing ten million takes half a minute.
+    Of manifests alone, all in Parquet that names all sizes, the bytes are read and no rows: parsing ten million takes half
+    a minute.
 
     Raises as `discover.find`.
     """
+    has_sizes = all(is_manifest(pattern) and _has_all_sizes(pattern) for pattern in patterns)
+    if has_sizes and (of_bytes := digest_of_manifests(patterns)):
+        return of_bytes
     digest = hashlib.sha256()
-    for pattern in patterns:
-        if is_manifest(pattern) and _has_all_sizes(pattern) and (of_bytes := digest_of_manifests([pattern])):
-            digest.update(of_bytes.encode())
-            continue
-        for batch in find([pattern]):
-            digest.update(json.dumps(batch.to_pydict()).encode())
+    for batch in find(patterns):
+        digest.update(json.dumps(batch.to_pydict()).encode())
     return digest.hexdigest()
 
 
