@@ -19,10 +19,14 @@ A plan of ten million sources is measured by bench_plan.py.
 
 import argparse
 import json
+import multiprocessing
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import bench_open
 import figures
@@ -52,15 +56,22 @@ def store(folder: Path, arguments: argparse.Namespace) -> dict[str, list[float]]
     late = {"latency": arguments.latency, "faults": arguments.faults}
     scale_store.make(folder, 16, 32)
     for _ in range(arguments.turns):
-        found = scale_store.measure(folder, arguments.steps, RANKS, BATCH, arguments.workers, arguments.step, **late)
+        settings = {"workers": arguments.workers, "seconds": arguments.step, **late}
+        found = _alone(scale_store.measure, folder, arguments.steps, RANKS, BATCH, **settings)
         waited = sum(found["waits"])
         values["data_wait"].append(waited / (waited + arguments.step * len(found["waits"])))
-        values["rate"].append(scale_store.rate(folder, 256, BATCH, **late))
+        values["rate"].append(_alone(scale_store.rate, folder, 256, BATCH, **late))
         print(
             f"store: {RANKS} ranks wait {values['data_wait'][-1]:.2%} of the time, {max(found['waits']):.2f} s at most,"
             f" {found['first']:.1f} s for the first; requests: {found['counts']}; a single worker: {values['rate'][-1]:.0f}/s"
         )
     return values
+
+
+def _alone(measure: Callable[..., Any], *arguments: Any, **settings: Any) -> Any:
+    """What `measure` returns in a process of its own: loaders' workers keep the environment that the first had."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measure, *arguments, **settings).result()
 
 
 def nodes(groups: int, turns: int) -> dict[str, list[float]]:
