@@ -321,6 +321,9 @@ class _Buckets:
         self.first, self._last, self._shares = "g", "", (1.0, 0.0)
 
     def add(self, table: pa.Table) -> None:
+        if not len(table):
+            # of sources that are known, none may have been read
+            return
         self._tables.append(table)
         self.count += len(table)
         if sum(map(len, self._tables)) >= _ROWS_AT_ONCE:

@@ -207,6 +207,18 @@ def test_what_was_unreachable_is_made_once_it_answers_and_nothing_else_again(
     assert totals["sources"] == 7 and totals["sources_tried_again"] == 3
 
 
+def test_where_nothing_was_read_all_is_planned_anew_once_it_answers(web: Web, tmp_path: Path) -> None:
+    uris = [f"{web.url}/503/{n}.mp4" for n in range(3)]
+    manifest, url = listed(tmp_path, *uris), str(tmp_path / "ds")
+    for heal in (set[str](), {"503"}):
+        web.healed = heal
+        storage.write(f"{url}/dataset.json", storage.canonical_json({"format": schema.FORMAT_VERSION}))
+        for group in shard.missing_groups(url, plan.plan(url, [manifest], 0.2, 1 << 30, 3)):
+            assert not make_group(group, plan.sources_of(url, group), url, CUT)["error"]
+        retry.record(url)
+    assert not list(verify(url)) and index.summary(url)["sources_good"] == 3
+
+
 def test_a_source_that_is_always_cut_short_makes_nothing_run_for_ever(
     web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
