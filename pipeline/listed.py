@@ -93,6 +93,9 @@ def _has_all_sizes(pattern: str) -> bool:
                     known = metadata.row_group(group).column(place).statistics
                     if known is None or not known.has_null_count or known.null_count:
                         return False
+                    # a negative one is not known either
+                    if not known.has_min_max or known.min < 0:
+                        return False
     except Exception as e:
         # reading its rows says what is wrong with it
         if isinstance(e, OSError | ValueError | Failure | pa.ArrowException) or storage.of_network(e):

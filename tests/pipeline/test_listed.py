@@ -70,7 +70,11 @@ def test_the_rows_of_a_manifest_with_all_sizes_are_not_read_for_its_digest(
     assert not read and listed.listing_digest([str(sized)]) == before
     pq.write_table(pa.Table.from_pylist([row(1, label="a"), row(2)]), sized)
     assert listed.listing_digest([str(sized)]) != before and not read
-    # its size may change while the manifest does not
+    # a negative size is as good as none, and an unknown one may change while the manifest does not
+    pq.write_table(pa.Table.from_pylist([row(1), row(2, bytes=-1)]), sized)
+    listed.listing_digest([str(sized)])
+    assert read == [str(sized)]
+    read.clear()
     before = listed.listing_digest([str(unsized)])
     (tmp_path / "2.mp4").write_bytes(b"video")
     assert listed.listing_digest([str(unsized)]) != before and len(read) == 2
