@@ -36,7 +36,9 @@ def move(averages: Averages, weights: Sequence[Tensor], step: int) -> None:
     """Move each average towards the weights after step `step`; early on its memory is a tenth of the steps so far (EDM2, section C)."""
     for life, average in averages.items():
         keep = 0.5 ** (1 / min(float(life), step / 10))
-        torch._foreach_lerp_(list(average.values()), list(weights), 1 - keep)
+        # of few that learn, a rank may have none
+        if average:
+            torch._foreach_lerp_(list(average.values()), list(weights), 1 - keep)
 
 
 def restore(averages: Averages, engine: Any, saved: Mapping[str, Any]) -> None:

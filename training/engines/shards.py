@@ -1,6 +1,7 @@
 """What ZeRO leaves on a rank: its fragments of the weights, and their gradients."""
 
 from collections.abc import Iterator, Mapping
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +27,9 @@ def fragments(engine: Any) -> Iterator[Fragment]:
     """
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     stage, masters = engine.zero_optimization_stage(), _masters(engine)
-    for number, (name, p) in enumerate(engine.module.named_parameters()):
+    # dealt out by themselves: of LoRA's four tensors a layer two learn, and some ranks would have the averages of none
+    numbers = {True: count(), False: count()}
+    for name, p in engine.module.named_parameters():
         if stage == 3:
             value = _sharded(p) if p.requires_grad else p.ds_tensor.data
             start = rank * p.ds_tensor.numel()
@@ -37,7 +40,7 @@ def fragments(engine: Any) -> Iterator[Fragment]:
             if p._hp_mapping is not None:
                 start = p._hp_mapping.lp_fragment_address.start
                 yield Fragment(name, p.shape, start, p._hp_mapping.hp_fragment.data, p.requires_grad)
-        elif number % world == rank:
+        elif next(numbers[p.requires_grad]) % world == rank:
             yield Fragment(name, p.shape, 0, masters.get(id(p), p.data).flatten(), p.requires_grad)
     if rank == 0:
         persistent = engine.module.state_dict().keys()
