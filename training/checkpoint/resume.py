@@ -35,7 +35,11 @@ def for_world(folder: Path, names: Sequence[str], zero_stage: int) -> bool:
         return False
     errors = [""]
     if torch.distributed.get_rank() == 0 and not (path / _UNIVERSAL).exists():
-        errors = [_convert(path, names, zero_stage)]
+        try:
+            errors = [_convert(path, names, zero_stage)]
+        except OSError as e:
+            # such as a full disk: the other ranks wait
+            errors = [str(e)]
     # also the barrier that all wait at
     torch.distributed.broadcast_object_list(errors, src=0)
     if errors[0]:

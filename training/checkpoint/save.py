@@ -55,7 +55,7 @@ class Checkpoints:
                 shutil.rmtree(scratch, ignore_errors=True)
             storage.sweep(str(folder))
             if upload:
-                self._copies = Copies(folder, upload, lambda: {path.name for path in self._kept()})
+                self._copies = Copies(folder, upload, lambda name: folder / name in self._kept() or self._lasts(name))
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -140,9 +140,13 @@ class Checkpoints:
     def _kept(self) -> list[Path]:
         """The checkpoints that stay: the latest ones, and those of `keep_every`."""
         paths = sorted(self._folder.glob("step-*"), key=step_of)
-        lasting = [path for path in paths if self._keep_every and step_of(path) % self._keep_every == 0]
+        lasting = [path for path in paths if self._lasts(path.name)]
         newest = [path for path in [latest(self._folder)] if path]
         return sorted({*paths[-self._keep :], *lasting, *newest})
+
+    def _lasts(self, name: str) -> bool:
+        """Whether a checkpoint is one of `keep_every`, here or in a store that others have copied to."""
+        return self._keep_every is not None and step_of(Path(name)) % self._keep_every == 0
 
     def _prune(self) -> None:
         kept = self._kept()

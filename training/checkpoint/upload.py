@@ -15,17 +15,17 @@ from typing import Any
 import torch
 
 from longtake.datasets import storage
-from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.errors import Failure
 from longtake.datasets.masking import shown
 
 
 class Copies:
     """Keeps the latest checkpoint of `folder` at `url` as well, one copy at a time; for the first rank only.
 
-    `kept()` names the checkpoints that are to stay there.
+    `kept(name)` says whether a checkpoint is to stay there.
     """
 
-    def __init__(self, folder: Path, url: str, kept: Callable[[], set[str]]) -> None:
+    def __init__(self, folder: Path, url: str, kept: Callable[[str], bool]) -> None:
         self._folder, self._url, self._kept = folder, url, kept
         self._thread = ThreadPoolExecutor(1, "copies")
         self._pending: Future[None] | None = None
@@ -45,7 +45,7 @@ class Copies:
         if latest.exists():
             try:
                 if _latest(self._url) != latest.read_text().strip():
-                    _upload(self._folder / latest.read_text().strip(), self._url, self._kept())
+                    _upload(self._folder / latest.read_text().strip(), self._url, self._kept)
             except Exception as e:
                 raise Failure(
                     f"{self._url}: the last checkpoint could not be copied there ({_line(e)}); the one in {self._folder}"
@@ -54,7 +54,7 @@ class Copies:
 
     def _copy(self, path: Path) -> None:
         try:
-            _upload(path, self._url, self._kept())
+            _upload(path, self._url, self._kept)
         except Exception as e:  # whatever a store's client raises: the training must not end by it
             print(
                 f"warning: {shown(self._url)}: {path.name} could not be copied there ({_line(e)}); training goes on, the next"
@@ -69,7 +69,7 @@ def _line(e: Exception) -> str:
     return shown((str(e) or type(e).__name__).splitlines()[0])
 
 
-def _upload(final: Path, url: str, kept: set[str]) -> None:
+def _upload(final: Path, url: str, kept: Callable[[str], bool]) -> None:
     """Copy a checkpoint to a store and flip its `latest`; then remove there what is not `kept` here."""
     fs, root = storage.filesystem(url)
     copy = storage.join(root, final.name)
@@ -82,7 +82,7 @@ def _upload(final: Path, url: str, kept: set[str]) -> None:
         storage.retrying(f"{url}: upload", partial(_put, fs, path, target))
     storage.write(storage.join(url, "latest"), final.name.encode())
     for name in storage.names(url):
-        if name.startswith("step-") and name not in kept and name != final.name:
+        if re.fullmatch(r"step-\d+", name) and name != final.name and not kept(name):
             storage.retrying(f"{url}: {name}", partial(fs.rm, storage.join(root, name), recursive=True))
 
 
@@ -107,8 +107,8 @@ def fetch(folder: Path, url: str) -> None:
     if torch.distributed.get_rank() == 0 and not (folder / "latest").exists():
         try:
             _download(folder, url)
-        except (UserError, Failure, OSError) as e:
-            errors = [f"{url}: could not be fetched ({e})"]
+        except Exception as e:  # whatever a store's client raises: the other ranks wait
+            errors = [f"{shown(url)}: could not be fetched ({_line(e)})"]
     torch.distributed.broadcast_object_list(errors, src=0)
     if errors[0]:
         raise Failure(errors[0])
@@ -122,14 +122,14 @@ def _download(folder: Path, url: str) -> None:
     scratch = (folder / f".{name}.tmp").resolve()
     shutil.rmtree(scratch, ignore_errors=True)
     start = storage.join(root, name)
-    for remote in fs.find(start):
+    for remote in storage.retrying(f"{url}: look", partial(fs.find, start)):
         target = scratch / remote.rpartition(f"{name}/")[2]
         if scratch not in target.resolve().parents:
             raise Failure(f"{remote}: leads out of the checkpoint")
         target.parent.mkdir(parents=True, exist_ok=True)
         storage.retrying(remote, partial(fs.get_file, remote, str(target)))
-    if not scratch.exists():
-        raise Failure(f"{url}/{name}: is empty")
+    if not (scratch / "meta.json").exists():
+        raise Failure(f"{url}/{name}: is no whole checkpoint; write an older one's name into {url}/latest")
     for path in [*scratch.rglob("*"), scratch]:
         storage.sync(path)
     shutil.rmtree(folder / name, ignore_errors=True)

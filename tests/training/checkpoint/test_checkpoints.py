@@ -107,6 +107,41 @@ def test_an_empty_machine_goes_on_from_the_copy(tmp_path: Path, group: None, sto
     assert storage.read(storage.join(store, "latest")) == b"step-00000006"
 
 
+@pytest.mark.parametrize("store", ["memory"], indirect=True)
+def test_an_empty_machine_leaves_what_is_kept_for_good_in_the_store(tmp_path: Path, group: None, store: str) -> None:
+    for folder, steps in (("a", 4), ("b", 7)):
+        small.fit(tmp_path / folder, upload=store, steps=steps, checkpoint_every=1, keep_checkpoints=1, keep_every=2)
+        # each copy is made, whatever the next step brings
+    assert {"step-00000004", "step-00000006", "step-00000007"} <= {*storage.names(store)}
+    names = [name for name in storage.names(store) if name != "latest"]
+    assert all(name == "step-00000007" or int(name[-1]) % 2 == 0 for name in names)
+
+
+@pytest.mark.parametrize("store", ["folder"], indirect=True)
+def test_a_copy_that_is_not_whole_is_not_taken(tmp_path: Path, group: None, store: str) -> None:
+    small.fit(tmp_path / "a", upload=store, steps=2, checkpoint_every=2)
+    (Path(store) / "step-00000002" / "meta.json").unlink()
+    (tmp_path / "b").mkdir()
+    with pytest.raises(Failure, match=r"step-00000002: is no whole checkpoint; write an older one's name"):
+        copies.fetch(tmp_path / "b", store)
+    assert not (tmp_path / "b" / "latest").exists()
+
+
+@pytest.mark.parametrize("store", ["memory"], indirect=True)
+def test_a_store_that_fails_in_a_way_of_its_own_is_one_line(
+    tmp_path: Path, group: None, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small.fit(tmp_path / "a", upload=store)
+
+    def lost(*_: Any, **__: Any) -> None:
+        raise LookupError("none of botocore's errors is an OSError")
+
+    monkeypatch.setattr(fsspec.implementations.memory.MemoryFileSystem, "find", lost)
+    (tmp_path / "b").mkdir()
+    with pytest.raises(Failure, match=r"could not be fetched .none of botocore's errors"):
+        copies.fetch(tmp_path / "b", store)
+
+
 class Faulty:
     """A store that refuses every file for as long as `down`."""
 
