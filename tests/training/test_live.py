@@ -161,6 +161,13 @@ def test_settings_that_change_before_a_checkpoint_are_taken_and_later_ones_are_n
         return int(live["windows"])
 
     assert [windows(6), windows(4), windows(4)] == [6, 4, 4]
+    means = []
+    for frames in (9, 5):
+        uris = record.resolved(
+            latte(**LIVE | {"frames": frames, "live": {"windows": 4}}), live_inputs(cached), tmp_path
+        )
+        means.append(read_latents(uris["latents"]).mean)
+    assert means[0] != means[1], "measured on windows of another length"
     (tmp_path / "step-1").mkdir()
     (tmp_path / "latest").write_text("step-1")
     # the training says that its settings are others than its checkpoint's

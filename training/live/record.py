@@ -94,10 +94,19 @@ def _is_of(record: Latents, config: Any, live: LiveConfig, inputs: Mapping[str, 
     """Whether a record was measured with these settings and inputs."""
     wanted = _chosen(live) | {"shrink": shrink, "windows": live.windows, "seed": config.seed}
     wanted |= {"dataset": storage.absolute(inputs["dataset"]), "view": inputs.get("view"), "uri": inputs["encoder"]}
+    # windows are of this length, and a dataset grows while a view is made again
+    wanted |= {"frames": config.frames} | _data(inputs)
     own = {name: getattr(record, name) for name in wanted if hasattr(record, name)}
     own |= {"uri": record.encoder["uri"]} | dict(record.live or {})
     # as JSON: a record's tuples are lists once it is read
     return json.dumps(own, sort_keys=True) == json.dumps(wanted, sort_keys=True)
+
+
+def _data(inputs: Mapping[str, str]) -> dict[str, Any]:
+    """Digests of the splits of the dataset, and of the view."""
+    bases = {split: compact.open_split(storage.absolute(inputs["dataset"]), split)[0] for split in schema.SPLITS}
+    views = [view.kept(base, inputs.get("view"))[2] for base in bases.values()]
+    return {"digests": {split: base.digest for split, base in bases.items()}, "view_digest": views[0]}
 
 
 def _chosen(live: LiveConfig) -> dict[str, Any]:
@@ -114,9 +123,8 @@ def _measured(config: Any, live: LiveConfig, inputs: Mapping[str, str], shrink: 
     chosen = _chosen(live)
     settings = encoding.Settings(**chosen | {"shrink": shrink})
     encoding.check(settings, strides.stride)
-    bases = {split: compact.open_split(dataset, split)[0] for split in schema.SPLITS}
-    keeps = [view.kept(base, inputs.get("view")) for base in bases.values()]
-    name = encoding.column_name(digest, settings, next(each for _, _, each in keeps))
+    data = _data(inputs)
+    name = encoding.column_name(digest, settings, data["view_digest"])
     column = Live(name, settings, strides, inputs.get("view"))
     found = _statistics(config, live, column, inputs)
     return Latents(
@@ -132,9 +140,9 @@ def _measured(config: Any, live: LiveConfig, inputs: Mapping[str, str], shrink: 
         std=tuple(np.sqrt(found.m2 / found.count).tolist()),
         posterior_std=tuple(np.sqrt(found.variance).tolist()),
         view=inputs.get("view"),
-        digests={split: base.digest for split, base in bases.items()},
+        digests=data["digests"],
         live={field: chosen[field] for field in ("tile", "overlap", "batch", "chunk")}
-        | {"windows": live.windows, "seed": config.seed},
+        | {"windows": live.windows, "seed": config.seed, "frames": config.frames, "view_digest": data["view_digest"]},
     )
 
 
