@@ -53,9 +53,10 @@ def announce(stage: Any, config: Any, inputs: Mapping[str, str], there: Device |
     except Exception as e:
         # what a trace cannot follow may train very well
         why = f"{type(e).__name__}: {e}"
+    why = " ".join(why.split())[:300]
     if torch.distributed.get_rank() == 0:
         seconds = time.perf_counter() - began
-        text = _line(fit, remedy, there) if fit else f"not known ({' '.join(why.split())[:300]})"
+        text = _line(fit, remedy, there, why) if fit else f"not known ({why})"
         print(f"memory: {text}; told in {seconds:.1f} s", flush=True)
     return fit.total if fit else None
 
@@ -80,12 +81,14 @@ def _as_launched(config: Any, world: int) -> Any:
     return config.model_copy(update={"run": config.run.model_copy(update={"launcher": launcher})})
 
 
-def _line(fit: Fit, remedy: Remedy | None, there: Device) -> str:
+def _line(fit: Fit, remedy: Remedy | None, there: Device, why: str) -> str:
     parts = sorted(((size, name) for name, size in fit._asdict().items() if size), reverse=True)
     line = f"{_gb(fit.total)} of {_gb(there.bytes)} of {there.name} at the largest batch"
     line += f" ({', '.join(f'{name} {_gb(size)}' for size, name in parts)})"
     if fit.total <= USABLE * there.bytes:
         return line
+    if why:
+        return f"{line}, does NOT fit; what would make it fit is not known ({why})"
     if remedy is None:
         return f"{line}, does NOT fit, whatever is changed: choose a smaller model, window or batch"
     return f"{line}, does NOT fit; {', '.join(remedy.changes)} makes it {_gb(remedy.fit.total)}"

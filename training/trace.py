@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 _SMALL = 4096  # elements of a tensor whose values are computed too
 _VALUE = "known_value"  # attribute of a fake tensor
 _HOST: dict[str, Any] = {"device": torch.device("cpu"), "generator": None, "pin_memory": False}
+_EXCHANGES = ("c10d", "_c10d_functional")  # namespaces of what ranks do together
 _aten = torch.ops.aten
 
 
@@ -164,6 +165,13 @@ def _numbers(index: Tensor | None) -> Tensor | None:
 
 def _add_values(func: Any, args: Any, kwargs: Any, made: Any) -> None:
     """Compute the values of what an operation has made, if that is small and they are known of all that it has read."""
+    if func.namespace in _EXCHANGES:
+        # ranks trace without each other, as if all had the same: what is reduced or sent stays as it is
+        if func._schema.name == "c10d::allgather_":
+            for copies, own in zip(args[0], args[1], strict=True):
+                for copy in copies:
+                    setattr(copy, _VALUE, _known(own))
+        return
     results = [t for t in tree_leaves(made) if isinstance(t, FakeTensor)]
     read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     if not results:
@@ -179,9 +187,5 @@ def _add_values(func: Any, args: Any, kwargs: Any, made: Any) -> None:
         # on the host, in any case: to look at a device would make it wait
         settings = tree_map(_known, kwargs)
         values = func(*tree_map(_known, args), **settings | {k: v for k, v in _HOST.items() if k in kwargs})
-        for work in tree_leaves(values):
-            if isinstance(work, torch.ScriptObject):
-                # a collective goes on by itself until it is waited for
-                work.wait()  # type: ignore[attr-defined]
     for tensor, value in zip(results, (v for v in tree_leaves(values) if isinstance(v, Tensor)), strict=True):
         setattr(tensor, _VALUE, value)

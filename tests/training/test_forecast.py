@@ -85,6 +85,18 @@ def test_offloading_saves_the_memory_of_a_gpu_alone(dataset: str, group: None, o
     assert any("offload" in change for change in changes) == on_gpu
 
 
+def test_changes_that_cannot_be_tried_are_not_called_useless(
+    dataset: str, group: None, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def remedy(*_: Any) -> Any:
+        raise RuntimeError("no such operation")
+
+    monkeypatch.setattr(remedies.Planned, "remedy", remedy)
+    assert forecast.announce(finetune, config(), {"dataset": dataset}, forecast.Device(1e3, "the device"))
+    said = capfd.readouterr().out
+    assert "does NOT fit; what would make it fit is not known (RuntimeError: no such operation)" in said
+
+
 def test_what_a_trace_cannot_follow_trains_all_the_same(
     dataset: str, group: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
