@@ -13,6 +13,7 @@ import pickle
 import threading
 import weakref
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -63,8 +64,11 @@ class Sender:
         with self._lock:
             slab = self._slab(size)
         array: np.ndarray = np.frombuffer(self._memory, dtype, count, slab.offset)
-        # an array that is not handed over frees its slab here
-        slab.array = weakref.ref(array, lambda _: None if slab.sent else self._free.append(slab))
+        # an array that is not handed over frees its slab here, unless another thread has it by now: `_slab` forgets the array
+        # before it says that the slab is not sent
+        slab.array = weakref.ref(
+            array, lambda ref: self._free.append(slab) if not slab.sent and slab.array is ref else None
+        )
         return array.reshape(shape)
 
     def _slab(self, size: int) -> _Slab:
@@ -95,8 +99,10 @@ class Sender:
         size = sum(slab.size for slab in idle)
         while size > _FREE_BYTES:
             slab = idle.pop()
-            self._memory.madvise(mmap.MADV_REMOVE, slab.offset, slab.size)
-            slab.has_memory = False
+            # a sandbox may not know how
+            with suppress(OSError):
+                self._memory.madvise(mmap.MADV_REMOVE, slab.offset, slab.size)
+                slab.has_memory = False
             size -= slab.size
 
     def send(self, batches: list[Any]) -> None:
@@ -159,8 +165,8 @@ class Receiver:
 
     def unused(self) -> list[int]:
         """Slabs that have no tensors any more, each once."""
-        numbers, self._unused = self._unused, []
-        return numbers
+        # one by one: another thread may append meanwhile
+        return [self._unused.pop() for _ in range(len(self._unused))]
 
     def _tensor(self, dtype: torch.dtype, shape: tuple[int, ...], place: Any, *layout: Any) -> torch.Tensor:
         if not layout:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import Pipe
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -152,6 +153,43 @@ def test_an_array_that_goes_late_does_not_free_memory_that_is_in_use_again(ends:
     gc.collect()
     assert filled(sender, 3).data_ptr() != new.data_ptr()
     assert (new == 2).all()
+
+
+def test_a_late_word_of_an_old_array_does_not_free_memory_that_another_thread_has(
+    ends: tuple[Sender, Receiver],
+) -> None:
+    sender, receiver = ends
+    old = filled(sender, 1)
+    slab = sender._by_address[old.untyped_storage().data_ptr()]
+    gone = slab.array
+    assert gone and gone.__callback__
+    del handed(sender, receiver, {"x": old})["x"]
+    gc.collect()
+    sender.reuse(receiver.unused())
+    new = filled(sender, 2)
+    assert new.data_ptr() == old.data_ptr()
+    # as where the thread that has let go of the old array is not on until now
+    gone.__callback__(gone)
+    assert filled(sender, 3).data_ptr() != new.data_ptr()
+
+
+def test_a_system_that_takes_no_memory_back_costs_memory_alone(
+    ends: tuple[Sender, Receiver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sender, receiver = ends
+    array = filled(sender, 1)
+    del handed(sender, receiver, {"x": array})["x"], array
+    gc.collect()
+    sender.reuse(receiver.unused())
+
+    def refuse(*_: Any) -> None:
+        raise OSError("not implemented")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("longtake.datasets.loader.handover._FREE_BYTES", 0)
+        patch.setattr(sender, "_memory", SimpleNamespace(madvise=refuse))
+        sender._give_back()
+    assert len(sender._free) == 1 and (filled(sender, 2) == 2).all()
 
 
 def test_pixels_count_as_bytes_of_a_batch() -> None:
