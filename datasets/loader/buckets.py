@@ -65,12 +65,15 @@ def window_shapes(
     # clips of several sizes may have the same shape
     kinds = [(scaled, (part, c[:1:-1])) for scaled, part, c in zip(sizes, parts, combinations, strict=True)]
     distinct = sorted(set(kinds))
-    kind_numbers = np.array([distinct.index(kind) for kind in kinds], np.int16)
+    number_of = {kind: number for number, kind in enumerate(distinct)}
+    # images of arbitrary sizes have many shapes; few take half the memory of a row
+    dtype = np.int16 if len(distinct) * len(lengths) <= np.iinfo(np.int16).max else np.int32
+    kind_numbers = np.array([number_of[kind] for kind in kinds], dtype)
 
     small = (heights < size[0]) | (widths < size[1]) if isinstance(size, tuple) else np.minimum(heights, widths) < size
     shapes = [(t, *scaled) for t in lengths for scaled, _ in distinct]
     latents = [(sides[-1], sides[-2]) if codes else (0, 0) for _, (_, sides) in distinct] * len(lengths)
-    return Shapes(size, shapes, length * np.int16(len(distinct)) + kind_numbers[numbers], short, small, latents)
+    return Shapes(size, shapes, length * dtype(len(distinct)) + kind_numbers[numbers], short, small, latents)
 
 
 def make_buckets(
