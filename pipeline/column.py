@@ -7,7 +7,6 @@ makes another column, and nothing else in the dataset is touched.
 
 import importlib
 import socket
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+from isal import isal_zlib
 from pydantic import Field
 
 from longtake.datasets import compact, index, schema, storage, view
@@ -263,7 +263,7 @@ def clip_bytes(tar: str, row: Mapping[str, Any]) -> bytes:
         data = storage.read_range(tar, row["mp4_offset"], row["mp4_size"])
     except FileNotFoundError as e:
         raise Failure(f"{tar}: is missing; run `longtake dataset verify`") from e
-    if len(data) != row["mp4_size"] or zlib.crc32(data) != row["mp4_crc32"]:
+    if len(data) != row["mp4_size"] or isal_zlib.crc32(data) != row["mp4_crc32"]:
         raise Failure(f"{tar}: {row['key']}.mp4: is damaged; run `longtake dataset verify`")
     return data
 

@@ -1,7 +1,6 @@
 """Captions of clips as curation sees them: rules on their words, clips that say the same, likeness to a prompt."""
 
 import importlib
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from isal import isal_zlib
 from tqdm import tqdm
 
 from longtake.datasets import captions as records
@@ -165,7 +165,7 @@ def _cosines(query: np.ndarray, texts: Sequence[tuple[str, Stored]]) -> list[tup
 
 
 def _cosine(query: np.ndarray, data: memoryview, sha: str, place: Stored) -> float:
-    if len(data) != place.size or zlib.crc32(data) != place.crc32:
+    if len(data) != place.size or isal_zlib.crc32(data) != place.crc32:
         raise Failure(f"{place.tar}: {sha} is damaged; run `longtake dataset verify`")
     bits = unpacked(data, place.tokens).astype(np.uint32) << 16  # bfloat16 is the upper half of float32
     return float(query @ _unit(bits.view(np.float32).mean(0)))

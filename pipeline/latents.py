@@ -4,7 +4,6 @@ Streams of a batch go through the encoder together, a few latents at a time: mem
 the bytes do not depend on who else is at work. Every frame is decoded and encoded once.
 """
 
-import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from isal import isal_zlib
 from torch import nn
 
 from longtake.datasets import clip as clip_file
@@ -119,7 +119,7 @@ class _Clip:
                 self.shape = stored.shape[2:]
                 _write_header(f, (self._count, *stored.shape[1:]), self._dtype)
             f.write(stored.tobytes())
-        self.checksums += [zlib.crc32(latent.tobytes()) for latent in stored]
+        self.checksums += [isal_zlib.crc32(latent.tobytes()) for latent in stored]
         self._moments += moments(values)
         if len(self.checksums) == self._count:
             # merged latent by latent, so that the last bits do not depend on the chunks

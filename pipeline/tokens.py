@@ -7,7 +7,6 @@ the bytes do not depend on who else is at work.
 """
 
 import io
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import torch
+from isal import isal_zlib
 from torch import nn
 
 from longtake.datasets import clip as clip_file
@@ -194,7 +194,7 @@ def _commit(
 
     def row_of(row: Row) -> dict[str, Any]:
         windows, steps, height, width = (own := tokens.get(row["key"], none)).shape
-        sums = np.array([zlib.crc32(window.tobytes()) for window in own], "<u4")
+        sums = np.array([isal_zlib.crc32(window.tobytes()) for window in own], "<u4")
         return (
             {"frames": settings.frames, "stride": settings.stride, "hop": settings.hop, "dtype": coding.dtype.name}
             | {"windows": windows, "steps": steps, "height": height, "width": width}

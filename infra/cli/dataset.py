@@ -176,10 +176,10 @@ def sources(url: str, rejected: bool) -> None:
 def show(url: str, key: str, save: str | None) -> None:
     """The index row, JSON, sound, captions and scores of one sample of DATASET, and the place of its bytes."""
     import json
-    import zlib
     from pathlib import Path
 
     import pyarrow.compute as pc
+    from isal import isal_zlib
 
     from longtake.datasets import audio, captions, clip, compact, index, later, schema, score_columns, storage
     from longtake.datasets.errors import Failure, UserError
@@ -191,7 +191,7 @@ def show(url: str, key: str, save: str | None) -> None:
             data = storage.read_range(tar, offset, size)
         except FileNotFoundError as e:
             raise Failure(f"{tar}: is missing; run `longtake dataset verify`") from e
-        if len(data) != size or crc32 != zlib.crc32(data):
+        if len(data) != size or crc32 != isal_zlib.crc32(data):
             raise Failure(f"{tar}: {key} is damaged; run `longtake dataset verify`")
         return data
 
