@@ -88,10 +88,9 @@ def test_who_loses_the_race_for_a_name_attaches(fake: Any, monkeypatch: pytest.M
 
 def test_patience_ends_and_says_who_did_not_answer(fake: Any) -> None:
     fake.faults = ["drop"] * 1000
-    begin = time.monotonic()
     with pytest.raises(ray_jobs.RayError, match=rf"127\.0\.0\.1:{fake.port}: no answer") as raised:
         ray_jobs.patiently(lambda: ray_jobs.find(client(fake), "vae"), 0.2)
-    assert raised.value.passing and len(fake.requests) > 2 and time.monotonic() - begin < 10
+    assert raised.value.passing and len(fake.requests) > 2
 
 
 @pytest.mark.parametrize(

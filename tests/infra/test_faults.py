@@ -64,12 +64,11 @@ def test_mlflow_that_is_down_at_the_start_is_one_line_and_nothing_is_begun(
 ) -> None:
     path = recipe(tmp_path, {"shards": shards(footage), "view": {"kind": "curate", "dataset": "shards"}})
     uri = f"http://127.0.0.1:{free_port()}"
-    began = time.time()
     done = longtake(command[0], path, *command[1:], MLFLOW_TRACKING_URI=uri, MLFLOW_HTTP_REQUEST_MAX_RETRIES="0")
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2 and len(errors) == 1 and uri in errors[0], done.stderr
     assert "Traceback" not in done.stdout + done.stderr
-    assert time.time() - began < 100 and not list((tmp_path / "ws").rglob("*.tar"))
+    assert not list((tmp_path / "ws").rglob("*.tar"))
 
 
 @pytest.mark.slow

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -289,13 +288,12 @@ def test_a_rank_that_is_killed_ends_the_other_which_says_so(tmp_path: Path, rank
     both = ranks(2)
     # noise is drawn by rank, and one rank goes on with what two began; slow rows let step 3 be saved before the kill
     both.tell(tmp_path, {"fault": fault("SIGKILL", 6, rank=1), "noise": 0.0}, wait=0.5, stall_seconds=10)
-    began = time.monotonic()
     said = both.answer(0)
     assert "another process is gone, at step 5 in" in said["message"], said
     assert said["step"] == "step-00000003"
     # it would wait for the other before it leaves the group
     both.processes[0].kill()
-    assert both.end()[1] == -signal.SIGKILL and time.monotonic() - began < 120
+    assert both.end()[1] == -signal.SIGKILL
     goes_on, straight = (small.fit(folder, small.objective(noise=0.0)) for folder in (tmp_path, tmp_path / "straight"))
     assert small.close(goes_on, straight)
 
