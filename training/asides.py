@@ -1,7 +1,7 @@
 """What a training does beside its steps: the videos that it samples, and the loss of held-out clips."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import count, islice
 
@@ -15,6 +15,7 @@ from longtake.training.config import TrainConfig
 from longtake.training.engines import ema
 from longtake.training.objective import ON_HOST, Batch, Engines, Objective, Turn
 from longtake.training.progress import means
+from longtake.training.tracker import Tracker
 
 
 def pass_seed(*numbers: int) -> int:
@@ -29,12 +30,20 @@ def on_device(batch: Batch, objective: Objective) -> Batch:
     return {k: v.to(device, non_blocking=True) if k in moves else v for k, v in batch.items()}
 
 
-@torch.no_grad()
-def sample(objective: Objective, all_engines: Engines, seed: int) -> Mapping[str, np.ndarray]:
-    """Sample videos for people to look at, always from the same noise. Under ZeRO-3 every rank must take part."""
+def show_samples(objective: Objective, all_engines: Engines, seed: int, step: int, tracker: Tracker | None) -> None:
+    """Sample videos for people to look at, always from the same noise, and log them with their prompts.
+
+    Under ZeRO-3 every rank must take part; `tracker` is on the first rank only.
+    """
     assert objective.sample is not None
-    with _evaluating(all_engines):
-        return objective.sample(all_engines, torch.Generator(engines.device()).manual_seed(seed))
+    with torch.no_grad(), _evaluating(all_engines):
+        videos = objective.sample(all_engines, torch.Generator(engines.device()).manual_seed(seed))
+    if tracker is None:
+        return
+    for name, video in videos.items():
+        tracker.video(step, name, video, objective.fps)
+    if objective.prompts:
+        tracker.text(step, "prompts", "\n".join(objective.prompts))
 
 
 @torch.no_grad()

@@ -105,6 +105,8 @@ class RunConfig(StageConfig):
     sample_every       steps between videos to look at; 0 makes none
     heldout_every      steps between losses of held-out clips; 0 measures none
     heldout_clips      held-out clips of such a loss, at most, over all processes
+    observer           device of a process beside the training that makes both from its checkpoints, such as cuda:7 or cpu;
+                       null: the training stops for them
     checkpoint_every   steps between checkpoints
     keep_checkpoints   how many of the latest checkpoints are kept
     keep_every         checkpoints of steps divisible by this are kept for good
@@ -130,6 +132,7 @@ class RunConfig(StageConfig):
     sample_every: int = Field(500, ge=0)
     heldout_every: int = Field(250, ge=0)
     heldout_clips: int = Field(32, ge=1)
+    observer: str | None = Field(None, pattern=r"^(cpu|cuda:\d+)$")
     checkpoint_every: int = Field(200, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
     keep_every: int | None = Field(None, ge=1)

@@ -21,7 +21,7 @@ from longtake.datasets.errors import Interrupted, UserError
 from longtake.datasets.loader import Stream
 from longtake.datasets.stage import content
 from longtake.training import checkpoint, engines, guards
-from longtake.training.asides import heldout, on_device, pass_seed, sample
+from longtake.training.asides import heldout, on_device, pass_seed, show_samples
 from longtake.training.checkpoint import upload
 from longtake.training.config import TrainConfig
 from longtake.training.engines import activations, ema
@@ -127,17 +127,14 @@ def train(
             if profile and tracker:
                 tracker.later(profile, "profile")
 
-            # Sample videos to look at.
-            if objective.sample and config.run.sample_every and step % config.run.sample_every == 0:
+            # Sample videos to look at, unless an observer does.
+            aside = config.run.observer is None
+            if aside and objective.sample and config.run.sample_every and step % config.run.sample_every == 0:
                 with progress.aside(step, "sample"):
-                    for name, video in sample(objective, run.engines, config.seed).items():
-                        if tracker:
-                            tracker.video(step, name, video, objective.fps)
-                    if tracker and objective.prompts:
-                        tracker.text(step, "prompts", "\n".join(objective.prompts))
+                    show_samples(objective, run.engines, config.seed, step, tracker)
 
-            # Measure held-out clips.
-            if config.run.heldout_every and (step % config.run.heldout_every == 0 or step == config.steps):
+            # Measure held-out clips, likewise.
+            if aside and config.run.heldout_every and (step % config.run.heldout_every == 0 or step == config.steps):
                 with progress.aside(step, "heldout"):
                     figures = heldout(objective, run.engines, run.averages, config, step)
                 if tracker and figures:

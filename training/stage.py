@@ -38,7 +38,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from longtake.training import checkpoint, engines, forecast, launch, registry, tracker
+from longtake.training import checkpoint, engines, forecast, launch, observer, registry, tracker
 from longtake.training.config import TrainConfig
 from longtake.training.live.record import resolved
 from longtake.training.loop import train
@@ -69,7 +69,10 @@ def run(stage: ModuleType, config: Any, inputs: Mapping[str, str], output: str) 
         if first:
             named = stage.registered(config) if hasattr(stage, "registered") else {}
             lineage.pinned({**inputs, **named}, folder)
-        return publish(stage, config, inputs, folder) if launch.run(stage.__name__, config, inputs, folder) else {}
+        job = (stage.__name__, config, inputs, folder)
+        with observer.beside(*job) if first else contextlib.nullcontext():
+            continues = launch.run(*job)
+        return publish(stage, config, inputs, folder) if continues else {}
 
 
 def work(stage: Any, config: Any, inputs: Mapping[str, str], folder: Path) -> None:

@@ -360,7 +360,7 @@ def _shortened(recipe: Recipe, uris: list[str], workspace: str) -> dict[str, Any
         elif isinstance(recipe.stages[name], TrainConfig):
             stage |= {"steps": min(stage["steps"], TRIAL_STEPS)}
             stage[RUN] |= {"log_every": 1, "checkpoint_every": TRIAL_STEPS, "checkpoints": None, "upload": None}
-            stage[RUN] |= {"sample_every": 0, "launcher": {"by": "process"}}
+            stage[RUN] |= {"sample_every": 0, "observer": None, "launcher": {"by": "process"}}
             stage |= {count: 1 for count in ("eval_clips", "eval_videos") if count in stage}
     return content
 

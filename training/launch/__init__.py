@@ -50,7 +50,7 @@ def run(module: str, config: TrainConfig, inputs: Mapping[str, str], folder: Pat
     Raises:
         UserError, Failure, Interrupted: as `work` raised it in some process.
     """
-    job = Job(module, config.model_dump(mode="json"), dict(inputs), str(folder.absolute()))
+    job = Job.of(module, config, inputs, folder)
     if os.environ.get("RANK", "0") == "0":
         preflight.check(config)
     if launched():

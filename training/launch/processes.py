@@ -30,6 +30,10 @@ class Job(NamedTuple):
     inputs: dict[str, str]
     folder: str  # of checkpoints
 
+    @classmethod
+    def of(cls, module: str, config: TrainConfig, inputs: Mapping[str, str], folder: Path) -> "Job":
+        return cls(module, config.model_dump(mode="json"), dict(inputs), str(folder.absolute()))
+
 
 class Error(NamedTuple):
     """An error that crosses from one process to another."""
