@@ -85,6 +85,9 @@ def repeated(dataset: str, folder: Path, samples: int) -> None:
     (folder / "clips.json").write_text(json.dumps(listed))
 
 
+BEFORE = 64  # batches before the clock starts; litdata alone makes 20 ahead
+
+
 class Peer:
     """A peer's loader in a process of its environment."""
 
@@ -136,10 +139,10 @@ def throughput(
     peers = {f"{n}, {d}": Peer(peer("serve", n, str(folder), d), environment) for n, d in names}
     takers = {"ours": take} | {name: one.take for name, one in peers.items()}
     times: dict[str, list[Times]] = {name: [] for name in takers}
-    for turn in range(arguments.turns):
+    for _ in range(arguments.turns):
         for name, one in takers.items():
-            # start-up, and what was made before the clock starts
-            one(12 + (0 if turn else 12))
+            # start-up, and what was made before the clock starts, while the others had their turns
+            one(BEFORE)
             with timed(times[name]):
                 one(arguments.batches)
     for one in peers.values():
@@ -217,9 +220,9 @@ if __name__ == "__main__":
     parser.add_argument("--python", help="of the peers' environment")
     parser.add_argument("--figures", type=Path, help="Write the values of each turn there, by name, as JSON.")
     parser.add_argument("--dataset", help="a dataset of clips in place of the one to make")
-    parser.add_argument("--samples", type=int, default=2048)
+    parser.add_argument("--samples", type=int, default=4096)
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--batches", type=int, default=24)
+    parser.add_argument("--batches", type=int, default=96)
     parser.add_argument("--broken-after", type=int, default=37)
     parser.add_argument("--peers", nargs="+", choices=peer_loaders.PEERS, default=list(peer_loaders.PEERS))
     parser.add_argument("--only", choices=("throughput", "resuming"))
