@@ -8,6 +8,7 @@ Its input is the job, a line of JSON. A second line says that the training has e
 An input that ends without that line means that the training is gone.
 """
 
+import atexit
 import contextlib
 import importlib
 import json
@@ -32,7 +33,7 @@ from longtake.training.checkpoint.folder import step_of
 from longtake.training.config import LaunchConfig, TrainConfig
 from longtake.training.engines import device, lora, process_group
 from longtake.training.engines.ema import label
-from longtake.training.launch.processes import Job, share_of_cpus
+from longtake.training.launch.processes import Job, processes_here, share_of_cpus
 from longtake.training.live.record import resolved
 from longtake.training.objective import Objective
 from longtake.training.registry import lineage
@@ -52,12 +53,13 @@ def beside(module: str, config: TrainConfig, inputs: Mapping[str, str], folder: 
     it is stopped: the next attempt's continues. The arguments are those of `launch.run`.
 
     Raises:
-        UserError: the device is not there.
+        UserError: the device is not there, or a process of the training has it.
     """
     if config.run.observer is None:
         yield
         return
-    keeper = _Keeper(Job.of(module, config, inputs, folder), config, _environment(config.run.observer))
+    _settle(folder)
+    keeper = _Keeper(Job.of(module, config, inputs, folder), config, _environment(config))
     keeper.start()
     try:
         yield
@@ -66,14 +68,21 @@ def beside(module: str, config: TrainConfig, inputs: Mapping[str, str], folder: 
         keeper.stop()
 
 
-def _environment(place: str) -> dict[str, str]:
-    """The observer's environment, in which its device is the only one. Raises UserError where there is no such device."""
+def _environment(config: TrainConfig) -> dict[str, str]:
+    """The observer's environment, in which its device is the only one. Raises as `beside`."""
+    place, launcher = str(config.run.observer), config.run.launcher
     kept = {name: value for name, value in os.environ.items() if name not in _RANKS}
     if place == "cpu":
         return kept | {"CUDA_VISIBLE_DEVICES": ""}
     number = int(place.removeprefix("cuda:"))
     if number >= (count := torch.cuda.device_count()):
         raise UserError(f"run.observer: {place}, but this machine has {count} GPUs for it; name another one, or cpu")
+    # on a Ray cluster only Ray knows which GPUs it gives away
+    taken = {"process": processes_here(), "torchrun": launcher.processes, "ray": 0}[launcher.by]
+    if number < taken:
+        raise UserError(
+            f"run.observer: {place} is the device of a training process; name cuda:{taken} or a later one, or cpu"
+        )
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     return kept | {"CUDA_VISIBLE_DEVICES": visible[number] if visible else str(number)}
 
@@ -86,7 +95,7 @@ class _Keeper(threading.Thread):
         self._job, self._variables = job, dict(variables)
         self._attempts, self._patience = config.run.launcher.max_failures, config.run.stall_seconds
         self._lock, self._process = threading.Lock(), self._begin()
-        self._finishing = self._stopping = False
+        self._finishing, self._stopping = False, threading.Event()
 
     def _begin(self) -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-P", "-m", "longtake.training.observer"]
@@ -104,19 +113,23 @@ class _Keeper(threading.Thread):
             process.stdin.flush()
 
     def run(self) -> None:
-        for left in range(self._attempts, -1, -1):
-            code = self._process.wait()
+        left, last = self._attempts, _last(Path(self._job.folder))
+        while (code := self._process.wait()) != 0 and not self._stopping.is_set():
+            # as many attempts again once one has come further
+            left, before, last = left - 1, last, _last(Path(self._job.folder))
+            left = self._attempts if last > before else left
+            again = left >= 0 and code != _MISTAKE
+            print(
+                f"warning: the observer has ended with exit code {code}; "
+                + ("it is started again" if again else "samples and held-out losses are missing from here on"),
+                file=sys.stderr,
+                flush=True,
+            )
+            # what it lacks, such as a disk, may be there again in a moment
+            if not again or self._stopping.wait(_EVERY):
+                return
             with self._lock:
-                if code == 0 or self._stopping:
-                    return
-                again = left > 0 and code != _MISTAKE
-                print(
-                    f"warning: the observer has ended with exit code {code}; "
-                    + ("it is started again" if again else "samples and held-out losses are missing from here on"),
-                    file=sys.stderr,
-                    flush=True,
-                )
-                if not again:
+                if self._stopping.is_set():
                     return
                 self._process = self._begin()
                 if self._finishing:
@@ -139,8 +152,8 @@ class _Keeper(threading.Thread):
 
     def stop(self) -> None:
         """End it, whatever it does."""
+        self._stopping.set()
         with self._lock:
-            self._stopping = True
             self._process.kill()
         self.join()
 
@@ -163,6 +176,9 @@ def observe(job: Job, finish: threading.Event) -> None:
     stage = importlib.import_module(job.module)
     config, folder = stage.Config.model_validate(job.config), Path(job.folder)
     config = config.model_copy(update={"run": config.run.model_copy(update={"launcher": LaunchConfig()})})
+    if device().type == "cpu":
+        # as the weights of checkpoints are, whatever the training's devices compute in
+        config = config.model_copy(update={"precision": "fp32"})
     torch.set_num_threads(environment.threads() or share_of_cpus(2))
     objective: Objective | None = None
     with process_group(), tracker.connect(folder / _FOLDER, system_metrics=False) as log:
@@ -174,9 +190,12 @@ def observe(job: Job, finish: threading.Event) -> None:
                 if objective is None:
                     inputs = resolved(config, lineage.pinned(job.inputs, folder), folder)
                     objective = stage.objective(config, stage.prepare(config, inputs, folder))
+                    if config.lora:
+                        # apart, as in training: added to bf16 weights, small changes would be lost
+                        lora.attach(objective.modules[objective.lead], config.lora)
                 with _unless_removed(path):
                     _observe(objective, config, path, _last(folder), log)
-                storage.write(str(folder / _FOLDER / "observed.json"), json.dumps({"step": step_of(path)}).encode())
+                _note(folder, step_of(path))
             if not ended:
                 finish.wait(_EVERY)
 
@@ -189,11 +208,11 @@ def _observe(objective: Objective, config: TrainConfig, path: Path, before: int,
         value.copy_(torch.tensor(meta["state"][name]))
 
     if objective.sample and _due(run.sample_every, step, before):
-        _load(objective, config, path, checkpoint.RAW)
+        _load(objective, path, checkpoint.RAW)
         show_samples(objective, engines, config.seed, step, log)
 
     if _due(run.heldout_every, step, before) or (run.heldout_every and step == config.steps):
-        _load(objective, config, path, label(config.ema_half_lives[0]) if config.ema_half_lives else checkpoint.RAW)
+        _load(objective, path, label(config.ema_half_lives[0]) if config.ema_half_lives else checkpoint.RAW)
         if figures := heldout(objective, engines, {}, config, step):
             log.log(step, figures)
 
@@ -202,29 +221,42 @@ def _due(every: int, step: int, before: int) -> bool:
     return every > 0 and step // every > before // every
 
 
-def _load(objective: Objective, config: TrainConfig, path: Path, kind: str) -> None:
+def _load(objective: Objective, path: Path, kind: str) -> None:
     """Give the modules the weights of a checkpoint, the lead those of `kind`."""
     for name, module in objective.modules.items():
         leads = name == objective.lead
-        weights = checkpoint.Weights(path, kind if leads else checkpoint.RAW, "" if leads else name)
-        module.load_state_dict(dict(lora.merged(weights, config.lora) if leads and config.lora else weights))
+        module.load_state_dict(dict(checkpoint.Weights(path, kind if leads else checkpoint.RAW, "" if leads else name)))
 
 
 def _next(folder: Path) -> Path | None:
     """The oldest checkpoint after the last one that was observed."""
-    if checkpoint.latest(folder) is None:
-        return None
-    steps = {step_of(path): path for path in folder.glob("step-*")}
-    waiting = [step for step in steps if step > _last(folder)]
+    newest, last = checkpoint.latest(folder), _last(folder)
+    # later ones than `latest` are left of a training that went back
+    steps = {step_of(path): path for path in folder.glob("step-*")} if newest else {}
+    waiting = [step for step in steps if newest and last < step <= step_of(newest)]
     return steps[min(waiting)] if waiting else None
 
 
-def _last(folder: Path) -> int:
-    """The step of the last checkpoint that was observed, 0 where the training has begun anew since."""
-    record = folder / _FOLDER / "observed.json"
-    step = int(json.loads(record.read_bytes())["step"]) if record.exists() else 0
+def _settle(folder: Path) -> None:
+    """Before a training begins or continues: what it has behind it without an observer is not made up for."""
     newest = checkpoint.latest(folder)
-    return step if newest and step <= step_of(newest) else 0
+    step = step_of(newest) if newest else 0
+    _note(folder, min(_last(folder), step) if _record(folder).exists() else step)
+
+
+def _last(folder: Path) -> int:
+    """The step of the last checkpoint that was observed."""
+    record = _record(folder)
+    return int(json.loads(record.read_bytes())["step"]) if record.exists() else 0
+
+
+def _note(folder: Path, step: int) -> None:
+    _record(folder).parent.mkdir(parents=True, exist_ok=True)
+    storage.write(str(_record(folder)), json.dumps({"step": step}).encode())
+
+
+def _record(folder: Path) -> Path:
+    return folder / _FOLDER / "observed.json"
 
 
 @contextlib.contextmanager
@@ -265,4 +297,9 @@ def main() -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    raise SystemExit(main())
+    code = main()
+    # native threads, such as torch's, have aborted a finished process while it unloaded them
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -131,7 +131,7 @@ class Checkpoints:
             parts.wait_for(str(rank))
         for folder in [*(path for path in scratch.rglob("*") if path.is_dir()), scratch]:
             storage.sync(folder)
-        shutil.rmtree(final, ignore_errors=True)
+        _remove(final)
         scratch.rename(final)
         storage.sync(self._folder)
         storage.write(str(self._folder / "latest"), final.name.encode())
@@ -152,7 +152,16 @@ class Checkpoints:
         kept = self._kept()
         for path in self._folder.glob("step-*"):
             if path not in kept and (self._copies is None or path != self._copies.source):
-                shutil.rmtree(path)
+                _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Delete a checkpoint, if it is there, so that nobody who reads it sees a part of it as the whole."""
+    debris = path.with_name(f".{path.name}.gone.tmp")
+    shutil.rmtree(debris, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        path.rename(debris)
+    shutil.rmtree(debris, ignore_errors=True)
 
 
 class _Parts:

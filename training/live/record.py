@@ -46,6 +46,11 @@ def resolved(config: Any, inputs: Mapping[str, str], folder: Path) -> dict[str, 
         if not storage.exists(storage.join(uri, "latents.json"))
         or not (begun or _is_of(read_latents(uri), config, live, inputs, shrinks[field]))
     ]
+    if torch.distributed.is_initialized():
+        # ranks may read a dataset that grows at different times
+        decided = [missing]
+        torch.distributed.broadcast_object_list(decided)
+        missing = decided[0]
     found = {field: _measured(config, live, inputs, shrinks[field]) for field in missing}
     if missing and torch.distributed.is_initialized():
         torch.distributed.barrier()  # all have looked
