@@ -221,6 +221,7 @@ def test_the_commit_tells_changes_of_code_and_no_others(tmp_path: Path, monkeypa
     bench: Any = importlib.import_module("bench")
     monkeypatch.setattr(bench, "ROOT", tmp_path)
     (tmp_path / "code.py").write_text("1")
+    (tmp_path / ".gitignore").write_text("scratch\n")
     (tmp_path / "tests/benchmarks").mkdir(parents=True)
     figures = tmp_path / "tests/benchmarks/history.json"
     figures.write_text("[]")
@@ -239,6 +240,16 @@ def test_the_commit_tells_changes_of_code_and_no_others(tmp_path: Path, monkeypa
     assert changed.startswith(f"{clean}+") and changed == bench.commit()
     (tmp_path / "code.py").write_text("3")
     assert bench.commit() not in (clean, changed)
+    # a new file counts, with what is in it, unless git ignores it
+    bench.git("checkout", "-q", "code.py")
+    (tmp_path / "scratch").write_text("1")
+    (tmp_path / "NEW.md").write_text("page")
+    assert bench.commit() == clean
+    said = set()
+    for text in ("1", "2"):
+        (tmp_path / "new.py").write_text(text)
+        said.add(bench.commit())
+    assert len(said) == 2 and all(one.startswith(f"{clean}+") for one in said)
 
 
 @pytest.fixture

@@ -76,8 +76,12 @@ def git(*words: str) -> str:
 
 
 def commit() -> str:
-    """The last commit that changed anything but pages and figures, with a digest of what is not committed."""
+    """The last commit that changed anything but pages and figures, with a digest of what is not committed, new files too."""
     changes = git("diff", "HEAD", "--", ".", *UNMEASURED)
+    for name in git("ls-files", "--others", "--exclude-standard", "-z", "--", ".", *UNMEASURED).split("\0"):
+        if (ROOT / name).is_file():
+            with (ROOT / name).open("rb") as file:
+                changes += f"{name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n"
     digest = f"+{hashlib.sha256(changes.encode()).hexdigest()[:8]}" if changes else ""
     return git("log", "-1", "--format=%h", "--abbrev=9", "--", ".", *UNMEASURED).strip() + digest
 
