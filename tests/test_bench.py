@@ -46,7 +46,7 @@ class Bench:
         patch.setattr(self.module.history, "machine", lambda: self.machine)
         (folder / "program.py").write_text(PROGRAM)
         self.rows(ROWS)
-        self.gives("first", a=[1.0, 1.02, 1.01], b=[4, 4.2, 4.1])
+        self.gives("first", a=[1.0, 1.02, 1.01, 1.01], b=[4, 4.2, 4.1, 4.1])
         self.gives("second", c=[3, 3, 3])
 
     def rows(self, rows: Any) -> None:
@@ -132,6 +132,11 @@ def test_a_single_turn_counts_with_a_noise(bench: Bench) -> None:
         ),
         ({"code": 77, "says": "no browser"}, 0, "left out: no browser"),
         ({"x": [1]}, 1, "FAILED: it gave no a, b, but x"),
+        (
+            {"a": [1.0], "b": [4, 4.2, 4.1]},
+            1,
+            "FAILED: it gave fewer values than the 3 turns: 1 of a",
+        ),
     ],
 )
 def test_what_fails_is_a_line_and_its_rows_keep_their_figures(

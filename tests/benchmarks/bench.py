@@ -131,6 +131,8 @@ def measured(run: str, rows: Sequence[Row], turns: int, code: str) -> Run:
         given = json.loads(file.read_text()) if file.exists() else {}
     if lacking := [row.figure for row in rows if not given.get(row.figure)]:
         raise Failed(f"it gave no {', '.join(lacking)}, but {', '.join(given) or 'nothing'}")
+    if short := [f"{len(given[row.figure])} of {row.figure}" for row in rows if len(given[row.figure]) < turns]:
+        raise Failed(f"it gave fewer values than the {turns} turns: {', '.join(short)}")
     loads.append(round(os.getloadavg()[0], 2))
     shares.append(others())
     if shares[1] > history.ALONE:
