@@ -9,9 +9,14 @@ are measured by one run of it. A figure is the median of the turns, and its nois
 What a run gives is kept in `history.json` as soon as it ends. What this code has given on this machine already is taken
 from there: a command that was stopped continues where it was. `--again` measures it anew.
 
-A figure has fallen if it is worse than the last of another commit by more than twice √(a² + b²) of the noises a and b of
-both, and by more than 1 % of it or of the goal: it is named, and the exit status is 1. So it is if a program fails. A goal that is missed is
-shown, and so is what cannot be measured here; neither is an error, and a row keeps its last figure.
+A figure has fallen if it is worse than the last of another commit, or than the best of them, by more than twice √(a² + b²) of
+the noises a and b of both, and by more than 1 % of it or of the goal; or if it misses a goal that the last or the best met. It
+is named, and the exit status is 1. So it is if a program fails, or gives fewer values than there are turns. Any other goal
+that is missed is shown, and so is what cannot be measured here; neither is an error, and a row keeps its last figure.
+
+The best is of committed code, of the same machine and arguments, while others used at most a tenth of the cores; twice its
+noise counts against it. `since: COMMIT` in a row leaves out what is older: where a fall is accepted, or where something else
+is measured.
 
 LONGTAKE_VIDEOS is a folder of real footage. LONGTAKE_PEERS is a folder with an environment of Python for each other
 tool that is compared with; the program's docstring says what to install there.
@@ -146,14 +151,17 @@ def measured(run: str, rows: Sequence[Row], turns: int, code: str) -> Run:
 def judged(row: Row, runs: Sequence[Run]) -> tuple[str, bool]:
     """A line about a row's last figure, and whether it has fallen."""
     found = history.figures_of(row.name, runs)
-    now, last = found[-1], history.before(row, found[-1], found)
+    now = found[-1]
+    last, best = history.before(row, now, found), history.best(row, now, found)
     line = f"{row.name}: {history.told(row, now)}, goal {row.goal}{'' if row.met(now.value) else ', MISSED'}"
     if last is None:
         return f"{line}; the first", False
     line += f"; {history.told(row, last)} at {last.run.commit}, {last.run.date}"
     if last.run.machine != now.run.machine:
         line += f", on {last.run.machine}"
-    fell = history.fallen(row, now, last)
+    if best is not None and best is not last:
+        line += f"; the best {history.told(row, best)} at {best.run.commit}, {best.run.date}"
+    fell = any(history.fallen(row, now, other) for other in (last, best) if other is not None)
     return line + (": FALLEN" if fell else ""), fell
 
 
@@ -161,6 +169,7 @@ def measure(rows: dict[str, Row], names: Sequence[str], turns: int, again: bool)
     """Measure what is not there yet, and say what has become of each row. True if something fell or failed."""
     code, here = commit(), history.machine()
     runs, bad, left = history.read_history(HISTORY), [], []
+    history.check_since(rows, runs)
     work = [(run, [row for row in rows.values() if row.run == run]) for run, _ in by_run(chosen(rows, names))]
     for number, (run, group) in enumerate(work, 1):
         print(f"[{number}/{len(work)}] {run}", flush=True)
