@@ -349,3 +349,12 @@ def test_the_page_says_what_the_history_says(real: Any) -> None:
     assert real.with_table(text, real.history.table(rows, runs)) == text, (
         "run `python tests/benchmarks/bench.py --list --write`"
     )
+
+
+def test_a_row_that_misses_its_goal_says_what_was_tried(real: Any) -> None:
+    rows, runs = real.history.read_rows(real.ROWS), real.history.read_history(real.HISTORY)
+    real.history.check_since(rows, runs)
+    last = {name: found[-1].value for name in rows if (found := real.history.figures_of(name, runs))}
+    missed = [name for name, value in last.items() if not rows[name].met(value)]
+    untried = [name for name in missed if not rows[name].tried]
+    assert not untried, f"ratios.yaml: say in `tried` why {', '.join(untried)} misses its goal, and what was tried"
