@@ -358,3 +358,12 @@ def test_a_row_that_misses_its_goal_says_what_was_tried(real: Any) -> None:
     missed = [name for name, value in last.items() if not rows[name].met(value)]
     untried = [name for name in missed if not rows[name].tried]
     assert not untried, f"ratios.yaml: say in `tried` why {', '.join(untried)} misses its goal, and what was tried"
+
+
+@pytest.mark.timeout(60)
+def test_a_stage_may_say_more_than_a_pipe_holds(real: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program: Any = importlib.import_module("bench_shard")
+    talks = "import sys; sys.stderr.write('x' * 1_000_000 + ' at last'); sys.exit(1)"
+    monkeypatch.setattr(program, "RUN", talks)
+    with pytest.raises(SystemExit, match=r"the stage failed:\nx+ at last"):
+        program.stage([str(tmp_path)], program.ClipConfig(short_side=64), 1, str(tmp_path / "out"))
