@@ -367,3 +367,23 @@ def test_a_stage_may_say_more_than_a_pipe_holds(real: Any, tmp_path: Path, monke
     monkeypatch.setattr(program, "RUN", talks)
     with pytest.raises(SystemExit, match=r"the stage failed:\nx+ at last"):
         program.stage([str(tmp_path)], program.ClipConfig(short_side=64), 1, str(tmp_path / "out"))
+
+
+def test_the_price_of_a_switch_is_its_ratio_in_each_turn(real: Any) -> None:
+    program: Any = importlib.import_module("bench_switches")
+    calls = list[str]()
+
+    def step(name: str, *seconds: float) -> Any:
+        times = iter(seconds)
+
+        def take() -> tuple[float, float]:
+            calls.append(name)
+            return (taken := next(times)), taken / 10
+
+        return take
+
+    # two rounds to warm up, then two turns of two
+    steps = {"none": step("none", 9, 9, 2, 2, 4, 4), "dear": step("dear", 1, 1, 3, 3, 8, 8)}
+    found = program.ratios(program.measured(steps, rounds=4), turns=2)
+    assert found == {"dear": [1.5, 2.0], "dear_update": pytest.approx([1.5, 2.0])}
+    assert calls[:4] == ["none", "dear", "dear", "none"]
