@@ -9,9 +9,14 @@ are measured by one run of it. A figure is the median of the turns, and its nois
 What a run gives is kept in `history.json` as soon as it ends. What this code has given on this machine already is taken
 from there: a command that was stopped continues where it was. `--again` measures it anew.
 
-A figure has fallen if it is worse than the last of another commit by more than twice √(a² + b²) of the noises a and b of
-both, and by more than 1 % of it or of the goal: it is named, and the exit status is 1. So it is if a program fails. A goal that is missed is
-shown, and so is what cannot be measured here; neither is an error, and a row keeps its last figure.
+A figure has fallen if it is worse than the last of another commit, or than the best of them, by more than twice √(a² + b²) of
+the noises a and b of both, and by more than 1 % of it or of the goal; or if it misses a goal that the last or the best met. It
+is named, and the exit status is 1. So it is if a program fails, or gives fewer values than there are turns. Any other goal
+that is missed is shown, and so is what cannot be measured here; neither is an error, and a row keeps its last figure.
+
+The best is of committed code, of the same machine and arguments, while others used at most a tenth of the cores; twice its
+noise counts against it. `since: COMMIT` in a row leaves out what is older: where a fall is accepted, or where something else
+is measured.
 
 LONGTAKE_VIDEOS is a folder of real footage. LONGTAKE_PEERS is a folder with an environment of Python for each other
 tool that is compared with; the program's docstring says what to install there.
@@ -76,8 +81,12 @@ def git(*words: str) -> str:
 
 
 def commit() -> str:
-    """The last commit that changed anything but pages and figures, with a digest of what is not committed."""
+    """The last commit that changed anything but pages and figures, with a digest of what is not committed, new files too."""
     changes = git("diff", "HEAD", "--", ".", *UNMEASURED)
+    for name in git("ls-files", "--others", "--exclude-standard", "-z", "--", ".", *UNMEASURED).split("\0"):
+        if (ROOT / name).is_file():
+            with (ROOT / name).open("rb") as file:
+                changes += f"{name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n"
     digest = f"+{hashlib.sha256(changes.encode()).hexdigest()[:8]}" if changes else ""
     return git("log", "-1", "--format=%h", "--abbrev=9", "--", ".", *UNMEASURED).strip() + digest
 
@@ -127,6 +136,8 @@ def measured(run: str, rows: Sequence[Row], turns: int, code: str) -> Run:
         given = json.loads(file.read_text()) if file.exists() else {}
     if lacking := [row.figure for row in rows if not given.get(row.figure)]:
         raise Failed(f"it gave no {', '.join(lacking)}, but {', '.join(given) or 'nothing'}")
+    if short := [f"{len(given[row.figure])} of {row.figure}" for row in rows if len(given[row.figure]) < turns]:
+        raise Failed(f"it gave fewer values than the {turns} turns: {', '.join(short)}")
     loads.append(round(os.getloadavg()[0], 2))
     shares.append(others())
     if shares[1] > history.ALONE:
@@ -140,14 +151,17 @@ def measured(run: str, rows: Sequence[Row], turns: int, code: str) -> Run:
 def judged(row: Row, runs: Sequence[Run]) -> tuple[str, bool]:
     """A line about a row's last figure, and whether it has fallen."""
     found = history.figures_of(row.name, runs)
-    now, last = found[-1], history.before(row, found[-1], found)
+    now = found[-1]
+    last, best = history.before(row, now, found), history.best(row, now, found)
     line = f"{row.name}: {history.told(row, now)}, goal {row.goal}{'' if row.met(now.value) else ', MISSED'}"
     if last is None:
         return f"{line}; the first", False
     line += f"; {history.told(row, last)} at {last.run.commit}, {last.run.date}"
     if last.run.machine != now.run.machine:
         line += f", on {last.run.machine}"
-    fell = history.fallen(row, now, last)
+    if best is not None and best is not last:
+        line += f"; the best {history.told(row, best)} at {best.run.commit}, {best.run.date}"
+    fell = any(history.fallen(row, now, other) for other in (last, best) if other is not None)
     return line + (": FALLEN" if fell else ""), fell
 
 
@@ -155,6 +169,7 @@ def measure(rows: dict[str, Row], names: Sequence[str], turns: int, again: bool)
     """Measure what is not there yet, and say what has become of each row. True if something fell or failed."""
     code, here = commit(), history.machine()
     runs, bad, left = history.read_history(HISTORY), [], []
+    history.check_since(rows, runs)
     work = [(run, [row for row in rows.values() if row.run == run]) for run, _ in by_run(chosen(rows, names))]
     for number, (run, group) in enumerate(work, 1):
         print(f"[{number}/{len(work)}] {run}", flush=True)

@@ -109,15 +109,15 @@ def main() -> None:
     for line in speed(args.turns, args.frames, args.side):
         found[line["what"]] = line.pop("ratios")
         print(json.dumps(line), flush=True)
-    for frames in args.lengths:
+    for frames in args.lengths * args.turns:
         line = {"what": "peak MB", "frames": frames}
         for way in ("class", "codec", "stream"):
             # a process each, so that no memory that another has left is used again, and none that it has freed stays
             os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 line[way] = round(pool.apply(peak, (way, frames, args.side)), 1)
-        found[f"memory_{frames}"] = [line["codec"] / line["class"]]
-        found[f"memory_streamed_{frames}"] = [line["stream"] / line["class"]]
+        found.setdefault(f"memory_{frames}", []).append(line["codec"] / line["class"])
+        found.setdefault(f"memory_streamed_{frames}", []).append(line["stream"] / line["class"])
         print(json.dumps(line), flush=True)
     figures.write(args.figures, found)
 

@@ -111,7 +111,28 @@ def stage(sources: Iterable[str], clip: ClipConfig, group_sources: int, output: 
     mark = secrets.token_hex(16)
     command = [sys.executable, "-P", "-c", RUN, config.model_dump_json(), output]
     begun = time.perf_counter()
-    process = subprocess.Popen(command, env=os.environ | {MARK: mark}, stderr=subprocess.PIPE, text=True)
+    # a pipe that nobody reads meanwhile would fill up, and the stage wait for ever
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, env=os.environ | {MARK: mark}, stderr=said)
+        ours, cpu, trace = _watched(process, mark)
+        wall = time.perf_counter() - begun
+        said.seek(0)
+        if process.returncode and "none of" not in (error := said.read()):
+            raise SystemExit(f"the stage failed:\n{error[-2000:]}")
+    by_role = {
+        role: sum(s for one, s in cpu.items() if ours[one] == role) for role in sorted(filter(None, set(ours.values())))
+    }
+    working = [now for before, now in pairwise(trace) if now[2] > before[2]]
+    first, last = working[0], working[-1]
+    span = (last[0] - first[0]) * len(os.sched_getaffinity(0)) or math.inf
+    machine = (last[3] - first[3]) / ((last[0] - first[0]) * (os.cpu_count() or 1) or math.inf)
+    return Stage(sum(cpu.values()), by_role, wall, (last[1] - first[1]) / span, machine, last[0] - first[0])
+
+
+def _watched(
+    process: subprocess.Popen[bytes], mark: str
+) -> tuple[dict[psutil.Process, str | None], dict[psutil.Process, float], list[tuple[float, float, float, float]]]:
+    """The roles and CPU seconds of all processes with the mark until this one ends, and what was used by when."""
     ours: dict[psutil.Process, str | None] = {}  # process to role; None is not ours
     cpu: dict[psutil.Process, float] = {}
     trace: list[tuple[float, float, float, float]] = []  # seconds; CPU seconds of ours, of the decoders, of everything
@@ -130,17 +151,7 @@ def stage(sources: Iterable[str], clip: ClipConfig, group_sources: int, output: 
         decoders = sum(seconds for one, seconds in cpu.items() if ours[one] == "decoders")
         trace.append((time.perf_counter(), sum(cpu.values()), decoders, everything))
         time.sleep(0.1)
-    wall = time.perf_counter() - begun
-    if process.returncode and process.stderr and "none of" not in (error := process.stderr.read()):
-        raise SystemExit(f"the stage failed:\n{error[-2000:]}")
-    by_role = {
-        role: sum(s for one, s in cpu.items() if ours[one] == role) for role in sorted(filter(None, set(ours.values())))
-    }
-    working = [now for before, now in pairwise(trace) if now[2] > before[2]]
-    first, last = working[0], working[-1]
-    span = (last[0] - first[0]) * len(os.sched_getaffinity(0)) or math.inf
-    machine = (last[3] - first[3]) / ((last[0] - first[0]) * (os.cpu_count() or 1) or math.inf)
-    return Stage(sum(cpu.values()), by_role, wall, (last[1] - first[1]) / span, machine, last[0] - first[0])
+    return ours, cpu, trace
 
 
 def _role(one: psutil.Process, mark: str, driver: int) -> str | None:

@@ -37,9 +37,14 @@ class Row:
     least: float | None = None
     unit: str = ""
     tried: str = ""
+    since: str = ""
 
     def met(self, value: float) -> bool:
         return value <= self.most if self.most is not None else value >= (self.least or 0.0)
+
+    def worse(self, value: float, than: float) -> float:
+        """By how much a value is worse than another; below zero where it is better."""
+        return value - than if self.most is not None else than - value
 
     @property
     def goal(self) -> str:
@@ -130,11 +135,38 @@ def before(row: Row, now: Figure, figures: Sequence[Figure]) -> Figure | None:
     return next((f for f in reversed(here) if f.run.commit != now.run.commit), None)
 
 
-def fallen(row: Row, now: Figure, last: Figure) -> bool:
-    """Whether a figure is worse than the last by more than the noise of both."""
-    worse = now.value - last.value if row.most is not None else last.value - now.value
+def check_since(rows: Mapping[str, Row], runs: Sequence[Run]) -> None:
+    """SystemExit for a row whose `since` names a commit that has not measured it."""
+    for row in rows.values():
+        if row.since and row.since not in [f.run.commit for f in figures_of(row.name, runs)]:
+            raise SystemExit(
+                f"{row.name}: since: no figure is of commit {row.since!r}; take one of its figures' commits"
+            )
+
+
+def best(row: Row, now: Figure, figures: Sequence[Figure]) -> Figure | None:
+    """The best figure of other commits, of those by which a figure can be held: committed code, same machine, same arguments,
+    and no others at work.
+
+    Its noise counts against it: one that was good by luck is no measure, and hides none that was good for sure.
+    """
+    commits = [f.run.commit for f in figures]
+    alike = [
+        f
+        for f in figures[commits.index(row.since) if row.since else 0 :]
+        if f.run.commit != now.run.commit
+        and "+" not in f.run.commit
+        and not f.run.disturbed
+        and (f.run.run, f.run.machine) == (row.run, now.run.machine)
+    ]
+    return min(alike, key=lambda f: row.worse(f.value, 0.0) + NOISES * f.noise, default=None)
+
+
+def fallen(row: Row, now: Figure, other: Figure) -> bool:
+    """Whether a figure is worse than another by more than the noise of both, or misses a goal that the other met."""
     goal = row.most if row.most is not None else row.least or 0.0
-    return worse > max(NOISES * math.hypot(now.noise, last.noise), LEAST * max(abs(last.value), abs(goal)))
+    least = max(NOISES * math.hypot(now.noise, other.noise), LEAST * max(abs(other.value), abs(goal)))
+    return row.worse(now.value, other.value) > least or (row.met(other.value) and not row.met(now.value))
 
 
 def shown(value: float) -> str:

@@ -1,11 +1,10 @@
 """Shot boundaries, by where they are found in footage whose boundaries are known."""
 
-import json
-import math
 from collections.abc import Callable, Iterator
 from itertools import chain, pairwise
 from pathlib import Path
 
+import labelled_cuts
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 
 from longtake.infra.footage import Event, generate, load_truth
 from longtake.pipeline.cut import Sampled, shots
-from longtake.pipeline.decode import frames, probe
+from longtake.pipeline.decode import frames
 from longtake.pipeline.source import resample
 
 FPS = 24
@@ -126,31 +125,10 @@ def test_few_frames_of_a_transition_stay_and_few_others_go(
     assert np.mean(outside) <= 0.01
 
 
-def labelled(folder: Path, rate: float | None) -> tuple[int, int, int]:
-    """Of labelled footage at a rate, None for its own: the cuts that are found, all cuts, and all starts of shots.
-
-    Whoever made the labels has looked at each of these frames and those before it; all others are no cuts either.
-    """
-    hits = wanted = made = 0
-    for name, labels in json.loads((Path(__file__).parent / "labels_cuts.json").read_text()).items():
-        path = str(folder / "real" / name)
-        own = probe(path)
-        scale = 128 / min(own.width, own.height)
-        scaled = (round(own.width * scale / 2) * 2, round(own.height * scale / 2) * 2)
-        sampled = resample(((frame, (scaled, scaled)) for frame in frames(path)), rate or min(own.fps, 30.0))
-        said = [(frame.number, start, why) for frame, start, why in shots(sampled)]
-        cuts = {b[0] for a, b in pairwise(said) if b[1] and not a[2]}
-        # at a low rate a cut is seen in the first frame after it that is sampled
-        step = math.ceil(own.fps / rate) if rate else 1
-        hits += sum(any(0 <= found - cut < step for found in cuts) for cut in labels["cuts"])
-        wanted, made = wanted + len(labels["cuts"]), made + len(cuts)
-    return hits, wanted, made
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("rate", [None, 12.0])
 def test_hard_cuts_of_real_footage_are_those_that_one_sees(videos: Path, rate: float | None) -> None:
-    hits, wanted, made = labelled(videos, rate)
+    hits, wanted, made = labelled_cuts.judged(videos / "real", rate)
     assert wanted == 15
     assert hits / wanted >= 0.95
     assert hits / made >= 0.95
