@@ -46,11 +46,12 @@ def tokens(net: Any, x: Tensor) -> Tensor:
 
 
 def velocity(net: Any, config: BackboneConfig, inputs: Inputs) -> Tensor:
-    if inputs.fps is None:
+    fps = inputs.fps
+    if fps is None:
         raise ValueError("fps: positions of this model are in seconds; give the frame rate")
     inputs = held(inputs)
     _, _, frames, rows, columns = inputs.x.shape
-    (factor, pixels), fps = config.strides, inputs.fps
+    factor, pixels = config.strides
     # a number stays on the host: as a tensor it would be copied to the device, which waits for it
     rates = fps.to(inputs.x.device).reshape(-1, 1, 1, 1, 1) if isinstance(fps, Tensor) else fps
     scale = (factor / rates, pixels, pixels)
