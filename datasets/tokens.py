@@ -48,8 +48,12 @@ def read_tokens(uri: str) -> Tokens:
 
 
 def model_digest(model: Any) -> str:
-    """A digest of a torch module that makes tokens, and of its config: padding, for one, is no parameter."""
-    return state_digest(json.dumps([type(model).__name__, model.config.model_dump(mode="json")], sort_keys=True), model)
+    """A digest of a torch module that makes tokens, and of its config: padding, for one, is no parameter.
+
+    What its training has recomputed decides no token.
+    """
+    config = model.config.model_dump(mode="json", exclude={"activation_checkpointing"})
+    return state_digest(json.dumps([type(model).__name__, config], sort_keys=True), model)
 
 
 def dtype_of(codes: int, of: Of = "video") -> np.dtype[Any]:

@@ -256,6 +256,8 @@ class Told(NamedTuple):
     operations  of a pass, forward and backward of all engines
     fit         bytes by part, when they are the most
     activations bytes of them when they are the most, the batch among them
+    gradients   bytes of them when they are the most
+    learning    elements of each engine's weights that learn
     waits       places where the host would wait in a pass
     """
 
@@ -263,6 +265,8 @@ class Told(NamedTuple):
     operations: int
     fit: fit.Fit
     activations: int
+    gradients: int
+    learning: dict[str, int]
     waits: dict[str, int]
 
 
@@ -277,8 +281,8 @@ def trained(recipe: str, name: str) -> Told:
 
     fit.Trace = lambda: device  # type: ignore[assignment, misc]
     traced = fit.trace_of(SimpleNamespace(largest=largest), source.config, source.inputs, 1)
-    parts, most = fit.memory_of(traced, source.config, 1), max(traced.points.values())
-    return Told(parameters, device.operations, parts, most, dict(device.waits))
+    parts, most = fit.memory_of(traced, source.config, 1), (max(traced.points.values()), max(traced.points))
+    return Told(parameters, device.operations, parts, *most, traced.learning, dict(device.waits))
 
 
 class Made(NamedTuple):
@@ -329,14 +333,14 @@ def _on(batch: dict[str, Any]) -> dict[str, Any]:
 
 def _latte(made: fit.Largest, steps: int, each_step: Step) -> Iterable[Any]:
     from longtake.training.models.common.codec import frames_of
+    from longtake.training.models.common.condition import of_batch
     from longtake.training.models.latte import sample
 
     # two windows, of which the second goes on from the first
-    model, codec = made.objective.modules["model"], cast(Any, made.beside[0])
+    model, codec = cast(Any, made.objective.modules["model"]), cast(Any, made.beside[0])
     frames = frames_of(2 * model.config.shape[0] - 2, codec.config.temporal_stride)
-    return sample.generate_videos(
-        cast(Any, model), codec, frames, [1], settings=sample.Settings(steps=steps), each_step=each_step
-    )
+    settings, said = sample.Settings(steps=steps, guidance=4.0), of_batch(_on(made.batch))
+    return sample.generate_videos(model, codec, frames, [1], said, settings, each_step=each_step)
 
 
 def _retrieved(made: fit.Largest, steps: int, each_step: Step) -> Iterable[Any]:
@@ -360,6 +364,13 @@ def _reconstructed(made: fit.Largest, steps: int, each_step: Step) -> Iterable[A
         each_step()
 
 
+def _heard(made: fit.Largest, steps: int, each_step: Step) -> Iterable[Any]:
+    model, sound = cast(Any, made.objective.modules["model"]), _on(made.batch)["audio"]
+    for _ in range(steps):
+        yield model.decode_tokens(model.sound_tokens(sound, 16)).cpu()
+        each_step()
+
+
 def _clips(made: fit.Largest, steps: int, each_step: Step) -> Iterable[Any]:
     from longtake.training.models.encgan3.rollout import Rollout
 
@@ -368,16 +379,15 @@ def _clips(made: fit.Largest, steps: int, each_step: Step) -> Iterable[Any]:
 
 
 def _remembered(made: fit.Largest, steps: int, each_step: Step) -> Iterable[Any]:
-    from longtake.training.models.common.condition import Condition
+    from longtake.training.models.common.condition import of_batch
     from longtake.training.models.generator import Settings
     from longtake.training.models.memory import segments
 
     # the second segment has a history, which is noised
     model, codec = cast(Any, made.objective.modules["model"]), cast(Any, made.beside[0])
     latents, settings = model.config.shape[0] + 1, Settings(steps=steps, history_noise=model.config.history_noise)
-    return segments.generate(
-        model, codec, latents, [1], story=[(0, Condition())], settings=settings, each_step=each_step
-    )
+    story = [(0, of_batch(_on(made.batch)))]
+    return segments.generate(model, codec, latents, [1], story=story, settings=settings, each_step=each_step)
 
 
 def _rolled_out(made: fit.Largest, steps: int, each_step: Step) -> Iterable[Any]:
@@ -406,14 +416,18 @@ def _gap_filled(made: fit.Largest, steps: int, each_step: Step) -> Iterable[Any]
 def _solved(solver: str, made: fit.Largest, steps: int, each_step: Step) -> Iterable[Any]:
     from longtake.training.models.backbone.sample import Text, sample
     from longtake.training.models.common.codec import to_array
-    from longtake.training.models.common.condition import Condition
+    from longtake.training.models.common.condition import of_batch
     from longtake.training.models.generator import Settings
 
-    model, codec, batch = cast(Any, made.objective.modules["model"]), cast(Any, made.beside[0]), _on(made.batch)
+    model, codec, said = (
+        cast(Any, made.objective.modules["model"]),
+        cast(Any, made.beside[0]),
+        of_batch(_on(made.batch)),
+    )
     shape = made.batch["latent"].shape[-3:]
-    texts = [Text(Condition(None, batch["text"], batch["text_mask"]))] * 2
+    texts = [Text(said, said.pooled)] * 2
     settings: Any = Settings(steps=steps, guidance=5.0, solver=cast(Any, solver))
-    latents = sample((model,), shape, [1], settings, *texts, each_step=each_step)
+    latents = sample((model,), shape, [1], settings, *texts, fps=24.0, each_step=each_step)
     yield from (to_array(chunk) for chunk in codec.decode_stream([latents]))
 
 
@@ -425,6 +439,7 @@ SAMPLERS: dict[str, Callable[[fit.Largest, int, Step], Iterable[Any]]] = {
     "pretrain_tats": _rolled_out,
     "pretrain_vae": _reconstructed,
     "pretrain_vqgan": _reconstructed,
+    "pretrain_sound_vqgan": _heard,
     "pretrain_encgan3": _clips,
     "finetune_backbone": partial(_solved, "euler"),
 }

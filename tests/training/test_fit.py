@@ -13,6 +13,7 @@ import torch
 import yaml
 from trainings import BEFORE, COMMON, LATENTS, LATTE, LOW, MEMORY, SHARDS, TRAININGS, of_another_library, source
 
+from longtake.datasets import text
 from longtake.datasets.errors import UserError
 from longtake.training import engines, fit, remedies
 from longtake.training.models.latte.model import Latte, config_from_preset
@@ -208,3 +209,13 @@ def test_the_batch_of_a_plan_is_as_a_loader_gives_it(tmp_path: Path, dataset: st
         k: v for k, v in shapes.items() if k != "chances"
     }
     assert engines.device().type != "cpu" or os.environ.get("DS_ACCELERATOR") == "cpu"
+
+
+def test_texts_that_are_there_already_are_read_within_the_trace(tmp_path: Path) -> None:
+    encoder = text.TextConfig(length=12).model_dump() | {"width": 8}
+    record = text.Text("/videos", "text-x", encoder, "caption", None, {}, {}, {})
+    text.write_text(str(tmp_path / "text"), record, torch.zeros(3, 8, dtype=torch.bfloat16))
+    plain, told = (source(tmp_path, LATTE | more) for more in ({}, {"text": str(tmp_path / "text")}))
+    traced = [fit.trace_of(each.stage, each.config, each.inputs, 1) for each in (plain, told)]
+    # attention to texts in each of 4 blocks, and what projects them
+    assert traced[1].learning["model"] > traced[0].learning["model"] + 4 * 4 * 128 * 128

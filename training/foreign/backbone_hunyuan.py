@@ -5,7 +5,7 @@ Its class has one time for a whole window. Here its blocks take one for each tok
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from longtake.training.foreign.backbone_config import BackboneConfig, Sizes
 from longtake.training.foreign.backbone_inputs import STEPS, Inputs, held, positions_of
-from longtake.training.foreign.front import key_mask
-from longtake.training.models.common.compiling import uncompiled
+from longtake.training.foreign.front import Attending, key_mask
 
 TEXT_LENGTH = 256
 STRIDE = (4, 8)
@@ -53,8 +52,8 @@ def build(make: Callable[..., Any], settings: Mapping[str, Any]) -> nn.Module:
     for block in net.single_transformer_blocks:
         block.__class__ = single
     net.norm_out.__class__ = last
-    for number, block in enumerate(blocks(net)):
-        block.register_forward_hook(_Adding(number))
+    for block in blocks(net):
+        block.register_forward_hook(_Attending())
         block.attn.set_processor(_Attention(block.attn.processor))  # type: ignore[operator, union-attr]
     return net
 
@@ -100,7 +99,7 @@ class Times(NamedTuple):
     frame_of  the frame of each token, `(M + N,)`
     seen      `(B, 1, 1, M + N)` bool, which tokens but those of the text are there; None: all
     ahead     M
-    added     see `Front`
+    states    see `Front`
     """
 
     text: Tensor
@@ -108,7 +107,7 @@ class Times(NamedTuple):
     frame_of: Tensor
     seen: Tensor | None = None
     ahead: int = 0
-    added: Sequence[Callable[[Tensor], Tensor]] | None = None
+    states: tuple[Any, ...] | None = None
 
     def modulation(self, layer: Any, parts: int) -> tuple[Tensor, ...]:
         """What a norm's linear layer makes of the frames' times: `parts` tensors `(B, tokens, D)`."""
@@ -125,20 +124,14 @@ class Times(NamedTuple):
         return torch.cat([mask[..., :count] & self.seen, mask[..., count:]], dim=-1)
 
 
-class _Adding:
-    """A forward hook of block `number` that adds to its window's tokens what `Times` say."""
+class _Attending(Attending):
+    """The hook of a block whose `Times` come as its third argument, and which gives its text too."""
 
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    # its number would make each block's compilation one of its own
-    @uncompiled
-    def __call__(self, block: nn.Module, inputs: tuple[Any, ...], made: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def __call__(self, block: nn.Module, inputs: tuple[Any, ...], made: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         times = inputs[2]
-        if not isinstance(times, Times) or times.added is None:
+        if not isinstance(times, Times):
             return made
-        front, own = made[0].tensor_split([times.ahead], dim=1)
-        return torch.cat([front, own + times.added[self.number](own)], dim=1), made[1]
+        return self.added(made[0], times.ahead, times.states), made[1]
 
 
 @contextmanager
@@ -177,8 +170,8 @@ def _times_of(inputs: Inputs, patch: tuple[int, int, int]) -> Callable[..., tupl
         _, pooled, guidance = given
         repeated = (None if part is None else part.repeat_interleave(t.shape[1], dim=0) for part in (pooled, guidance))
         frames = type(module).forward(module, t.flatten() * STEPS, *repeated)[0]
-        ahead, added = (0, None) if front is None else (front.tokens.shape[1], front.added)
-        return Times(made[0], frames.unflatten(0, t.shape), frame_of, seen, ahead, added), made[1]
+        ahead, states = (0, None) if front is None else (front.tokens.shape[1], front.states)
+        return Times(made[0], frames.unflatten(0, t.shape), frame_of, seen, ahead, states), made[1]
 
     return embedded
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from longtake.training.foreign.backbone_config import BackboneConfig, Sizes
@@ -47,12 +46,15 @@ def tokens(net: Any, x: Tensor) -> Tensor:
 
 
 def velocity(net: Any, config: BackboneConfig, inputs: Inputs) -> Tensor:
-    if inputs.fps is None:
+    fps = inputs.fps
+    if fps is None:
         raise ValueError("fps: positions of this model are in seconds; give the frame rate")
     inputs = held(inputs)
     _, _, frames, rows, columns = inputs.x.shape
-    (factor, pixels), fps = config.strides, torch.as_tensor(inputs.fps, device=inputs.x.device)
-    scale = (factor / fps.reshape(-1, 1, 1, 1, 1), pixels, pixels)
+    factor, pixels = config.strides
+    # a number stays on the host: as a tensor it would be copied to the device, which waits for it
+    rates = fps.to(inputs.x.device).reshape(-1, 1, 1, 1, 1) if isinstance(fps, Tensor) else fps
+    scale = (factor / rates, pixels, pixels)
     predicted: Tensor = net(
         hidden_states=inputs.x.flatten(2).transpose(1, 2),
         encoder_hidden_states=inputs.text,

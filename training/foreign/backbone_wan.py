@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from longtake.training.foreign.backbone_config import BackboneConfig, Sizes
 from longtake.training.foreign.backbone_inputs import Inputs, held, padded, positions_of, token_times
-from longtake.training.foreign.front import Adding, Context, key_mask
+from longtake.training.foreign.front import Attending, Context, key_mask
 
 TEXT_LENGTH = 512
 STRIDE = (4, 8)
@@ -46,8 +46,8 @@ def build(make: Callable[..., Any], settings: Mapping[str, Any]) -> nn.Module:
         # no file has them: they are computed
         with torch.device("cpu"):
             net.rope = type(rope)(rope.attention_head_dim, rope.patch_size, rope.max_seq_len)
-    for number, block in enumerate(blocks(net)):
-        block.register_forward_hook(Adding(number))
+    for block in blocks(net):
+        block.register_forward_hook(Attending())
         block.attn1.set_processor(_SelfAttention(block.attn1.processor))  # type: ignore[operator, union-attr]
         block.attn2.set_processor(_TextAttention(block.attn2.processor))  # type: ignore[operator, union-attr]
     return net
@@ -82,7 +82,7 @@ def velocity(net: Any, config: BackboneConfig, inputs: Inputs) -> Tensor:
 def _texts(inputs: Inputs, config: BackboneConfig, in_frame: int) -> tuple[Tensor, Context | None]:
     """The states that the class embeds, and what then comes of them where tokens attend to different texts.
 
-    A `Context` of `(text, seen, none, ahead, added)` whose `text` and `none` are yet to be cut from what is embedded.
+    A `Context` of `(text, seen, none, ahead, states)` whose `text` and `none` are yet to be cut from what is embedded.
     """
     length, front = config.longest_text, inputs.front
     if inputs.seen.ndim == 2:
@@ -97,8 +97,8 @@ def _texts(inputs: Inputs, config: BackboneConfig, in_frame: int) -> tuple[Tenso
     none = padded(inputs.none[None], torch.ones(1, len(inputs.none), dtype=torch.bool), length).expand(
         len(text), -1, -1
     )
-    ahead, added = (0, None) if front is None else (front.tokens.shape[1], front.added)
-    return torch.cat([text, none], dim=1), Context(text, seen, none, ahead, added)
+    ahead, states = (0, None) if front is None else (front.tokens.shape[1], front.states)
+    return torch.cat([text, none], dim=1), Context(text, seen, none, ahead, states)
 
 
 def _padded_by_latent(text: Tensor, seen: Tensor, length: int) -> tuple[Tensor, Tensor]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from longtake.training.models.common.compiling import uncompiled
-
-# classes that take tokens and latents which some samples do not have, and what is added to blocks
+# classes that take tokens and latents which some samples do not have, and whose blocks may attend to further states
 CLASSES = frozenset({"WanTransformer3DModel", "HunyuanVideoTransformer3DModel"})
 
 
@@ -23,14 +21,15 @@ class Front(NamedTuple):
     positions  in time, row and column, `(M, 3)` or `(B, M, 3)`, in tokens; any real numbers
     time       `(B,)`, the noise in them as t; None: they are clean
     seen       `(B, M)` bool, False for tokens that a sample does not have; None: it has all
-    added      for each block, what it adds to the window's tokens `(B, N, width)`, as a function of them; None: nothing
+    states     what the attention of each block to a memory's states takes beside the window's tokens (see `Attending`);
+               None: blocks have none
     """
 
     tokens: Tensor
     positions: Tensor
     time: Tensor | None = None
     seen: Tensor | None = None
-    added: Sequence[Callable[[Tensor], Tensor]] | None = None
+    states: tuple[Any, ...] | None = None
 
 
 class Context(NamedTuple):
@@ -38,33 +37,47 @@ class Context(NamedTuple):
 
     text, seen   `(B, N, D)` for the window's tokens, and `(B, tokens, N)` bool, which of it each of them sees; None: all
     none, ahead  `(B, N, D)` for the tokens in front, and their number
-    added        see `Front`
+    states       see `Front`
     """
 
     text: Tensor
     seen: Tensor | None
     none: Tensor
     ahead: int
-    added: Sequence[Callable[[Tensor], Tensor]] | None
+    states: tuple[Any, ...] | None
 
 
-class Adding:
-    """A forward hook of block `number` that adds to its window's tokens what a `Context` says.
+class Attending:
+    """A forward hook of a block that adds to its window's tokens what they find in a memory's states.
 
-    All that it needs comes with the block's arguments, because a block that is recomputed in the backward pass is called again.
+    All that it needs of a window comes with the block's arguments, because a block that is recomputed in the backward pass is
+    called again. Its module is no child of the block, so weights keep their names. Compiled, it is a graph behind the block's,
+    which all blocks share: told apart by their numbers each would have one of its own.
+
+    attention   of the block's tokens to the states; None: it adds nothing
     """
 
-    def __init__(self, number: int) -> None:
-        self.number = number
+    def __init__(self) -> None:
+        self.attention: nn.Module | None = None
 
-    # its number would make each block's compilation one of its own
-    @uncompiled
     def __call__(self, block: nn.Module, inputs: tuple[Any, ...], tokens: Tensor) -> Tensor:
-        context = next((part for part in inputs if isinstance(part, Context)), None)
-        if context is None or context.added is None:
+        context = inputs[1]
+        return self.added(tokens, context.ahead, context.states) if isinstance(context, Context) else tokens
+
+    def added(self, tokens: Tensor, ahead: int, states: tuple[Any, ...] | None) -> Tensor:
+        """Tokens of which the first `ahead` are in front of the window's own."""
+        if self.attention is None or states is None:
             return tokens
-        front, own = tokens[:, : context.ahead], tokens[:, context.ahead :]
-        return torch.cat([front, own + context.added[self.number](own)], dim=1)
+        front, own = tokens.tensor_split([ahead], dim=1)
+        return torch.cat([front, own + self.attention(own, *states)], dim=1)
+
+
+def attend(blocks: Iterable[nn.Module], attentions: Iterable[nn.Module | None]) -> None:
+    """Give each block, whose class has such a hook, its attention to a memory's states in place of one that it has."""
+    for block, attention in zip(blocks, attentions, strict=True):
+        for hook in block._forward_hooks.values():
+            if isinstance(hook, Attending):
+                hook.attention = attention
 
 
 def key_mask(inputs: Any, patch: tuple[int, int, int]) -> Tensor | None:

@@ -10,6 +10,7 @@ import latent_stages
 import measured
 import pytest
 import shared_windows
+import spoken
 import tats_stages
 import torch
 import yaml
@@ -53,24 +54,30 @@ LATTE: dict[str, Any] = COMMON | {
     "accumulate": 2,
     "sample_steps": 1,
 }
-MEMORY: dict[str, Any] = COMMON | {
-    "kind": "finetune_memory_prior",
+REMEMBERED: dict[str, Any] = COMMON | {
     "latents": "latents",
     "low_latents": "low_latents",
     "model": latent_stages.TINY | {"heads": 4},
     "frames": 9,
     "history_seconds": 2.0,
-    "no_history": 0.3,
     "batch": 2,
     "sample_steps": 1,
 }
+MEMORY: dict[str, Any] = REMEMBERED | {"kind": "finetune_memory_prior", "no_history": 0.3}
+RETRIEVAL: dict[str, Any] = REMEMBERED | {"kind": "pretrain_memory"}
 TATS: dict[str, Any] = COMMON | {
     "kind": "pretrain_tats",
     "tokens": "tokens",
     "model": tats_stages.TINY | {"heads": 4},
     "batch": 2,
 }
-STAGES = {"latte": ("latte.finetune", LATTE), "memory": ("memory.finetune", MEMORY), "tats": ("tats.train", TATS)}
+STAGES = {
+    "latte": ("latte.finetune", LATTE),
+    "told": ("latte.finetune", LATTE | {"text": "text"}),
+    "memory": ("memory.finetune", MEMORY),
+    "retrieval": ("memory.pretrain", RETRIEVAL),
+    "tats": ("tats.train", TATS),
+}
 
 Trained = Callable[..., list[dict[str, Any]]]
 
@@ -79,9 +86,12 @@ Trained = Callable[..., list[dict[str, Any]]]
 def inputs(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
     latents = latent_stages.inputs(tmp_path_factory.mktemp("latents"), dataset)
     tokens = tats_stages.inputs(tmp_path_factory.mktemp("tokens"), dataset)
+    text = spoken.column(tmp_path_factory.mktemp("text"), latents["dataset"])
     return {
         "latte": {"dataset": latents["dataset"]},
+        "told": {"dataset": latents["dataset"], "text": text},
         "memory": latents,
+        "retrieval": latents,
         "tats": {name: tokens[name] for name in ("dataset", "tokens")},
     }
 
@@ -137,9 +147,12 @@ def assert_same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> 
         ("latte", 2, 2, 0),
         ("latte", 4, 4, 1),
         ("latte", 4, 2, 2),
+        ("told", 2, 2, 1),
         ("memory", 2, 2, 1),
         ("memory", 4, 4, 2),
+        ("retrieval", 2, 2, 2),
         ("tats", 4, 4, 0),
+        ("tats", 2, 2, 2),
     ],
 )
 def test_ranks_that_share_windows_learn_what_fewer_ranks_learn(
@@ -160,11 +173,16 @@ def test_ranks_that_share_windows_learn_what_fewer_ranks_learn(
 
 
 @pytest.mark.slow
-def test_a_training_goes_on_with_another_number_of_ranks_to_a_window(train: Trained, tmp_path: Path) -> None:
-    expected = train("latte", 1, 1)
+@pytest.mark.parametrize(
+    "family, splits", [("latte", ((2, 2, 1), (1, 1, 2), (4, 4, 3))), ("tats", ((2, 2, 1), (4, 4, 3)))]
+)
+def test_a_training_goes_on_with_another_number_of_ranks_to_a_window(
+    train: Trained, tmp_path: Path, family: str, splits: tuple[tuple[int, int, int], ...]
+) -> None:
+    expected = train(family, 1, 1)
     keys = []
-    for world, sequence, steps in ((2, 2, 1), (1, 1, 2), (4, 4, 3)):
-        found = train("latte", world, sequence, tmp_path / "checkpoints", zero_stage=1, steps=steps)
+    for world, sequence, steps in splits:
+        found = train(family, world, sequence, tmp_path / "checkpoints", zero_stage=1, steps=steps)
         keys += found[0]["keys"]
     assert keys == expected[0]["keys"]
     for kind, weights in expected[0]["weights"].items():

@@ -200,6 +200,34 @@ def test_checkpointing_recomputes_blocks_in_training_and_changes_no_gradient(nam
 
 
 @CLASSES
+def test_blocks_of_a_class_share_graphs_without_a_break_also_when_they_are_recomputed(name: str) -> None:
+    torch._dynamo.reset()
+    deep = {"num_layers": 4} | ({"num_single_layers": 4} if name == HUNYUAN else {})
+    made = backbone(name, SETTINGS[name] | deep, activation_checkpointing=True, text_dropout=0.0).train()
+    batch, graphs = Batch(made), list[Any]()
+
+    def backend(graph: Any, _: Any) -> Any:
+        # that of a hook which adds nothing hands its tokens on
+        graphs.extend([graph] if any(node.op.startswith("call") for node in graph.graph.nodes) else [])
+        return graph.forward
+
+    each = batch.t[:, None] * torch.tensor([0.0, 1.0, 1.0])
+    plain = [batch(made).detach(), batch(made, t=each).detach()]
+    blocks = list(made.blocks())
+    for block in blocks:
+        # a break is an error
+        block.compile(backend=backend, fullgraph=True)
+    # latents with times of their own are another graph
+    for number, t in enumerate((batch.t, each), 1):
+        velocity = batch(made, t=t)
+        velocity.square().mean().backward()
+        assert largest(velocity.detach(), plain[number - 1]) < 1e-5
+        # behind the first block of a class tokens may lie otherwise in memory
+        assert len(graphs) <= 2 * number * len(set(map(type, blocks)))
+    torch._dynamo.reset()
+
+
+@CLASSES
 def test_low_rank_changes_have_targets_by_default(name: str) -> None:
     made = backbone(name)
     told = lora.attach(made, LoraConfig(rank=2, targets=made.lora_targets))

@@ -1,4 +1,7 @@
-"""The blocks of every family: a share of them is recomputed, with the same gradients; those of transformers and autoencoders compile whole."""
+"""The blocks of every family of our own: a share of them is recomputed, with the same gradients, and they compile whole.
+
+Those of other libraries are in foreign/test_backbone.py and memory/test_foreign.py.
+"""
 
 import itertools
 from typing import Any
@@ -8,6 +11,7 @@ import torch
 from pydantic import BaseModel, ValidationError
 from torch import nn
 
+from longtake.training.models.common.condition import Condition
 from longtake.training.models.common.recompute import Share, chosen
 from longtake.training.models.encgan3 import config as encgan3_config
 from longtake.training.models.encgan3 import model as encgan3
@@ -17,8 +21,11 @@ from longtake.training.models.mavin.config import MavinConfig
 from longtake.training.models.mavin.unet import ResnetBlock
 from longtake.training.models.memory import dit as memory
 from longtake.training.models.memory import dit_config
+from longtake.training.models.memory.stretch import Stretch
 from longtake.training.models.pv_vae import model as pv_vae
 from longtake.training.models.tats import gpt, vqgan
+from longtake.training.models.tats.sound import vqgan as sound
+from longtake.training.models.tats.spectrogram import Spectrogram
 
 
 class Config(BaseModel):
@@ -72,6 +79,21 @@ def _memory(share: Share) -> tuple[nn.Module, list[nn.Module], tuple[Any, ...]]:
     return model, list(model.layers), (torch.randn(1, 4, 2, 4, 4), torch.rand(1), torch.arange(2))
 
 
+def _remembering(share: Share) -> tuple[nn.Module, list[nn.Module], tuple[Any, ...]]:
+    """All that a block may attend to: a memory and its states, which one sample has less of, and a text."""
+    fields: dict[str, Any] = {"cross_attention": True, "rates": ("2x2x2",), "memory_widths": (4, 8), "memory_heads": 2}
+    fields |= {"channels": 4, "history": 8, "text_width": 8, "text_empty": 1}
+    config = dit_config.config_from_preset("memory_dit_tiny", activation_checkpointing=share, **fields)
+    model = memory.MemoryDiT(config)
+    past = Stretch(
+        torch.randn(2, 4, 8, 4, 4), torch.randn(2, 4, 8, 2, 2), 0, torch.zeros(2, 8).bool(), torch.tensor([0, 4])
+    )
+    said = Condition(text=torch.randn(2, 3, 8), mask=torch.ones(2, 3).bool())
+    seen = torch.tensor([[True, True], [False, True]])
+    x, t, times = torch.randn(2, 4, 2, 4, 4), torch.rand(2), torch.arange(8, 10)
+    return model, list(model.layers), (x, t, times, past, said, None, None, seen)
+
+
 def _mavin(body: str) -> Any:
     def made(share: Share) -> tuple[nn.Module, list[nn.Module], tuple[Any, ...]]:
         small: dict[str, Any] = {"widths": (8,), "layers": 1, "groups": 4, "head_width": 8, "cross_width": 8}
@@ -86,13 +108,40 @@ def _mavin(body: str) -> Any:
     return made
 
 
+def _vqgan(share: Share) -> tuple[nn.Module, list[nn.Module], tuple[Any, ...]]:
+    model = vqgan.VQGAN(vqgan.config_from_preset("vqgan_tiny", activation_checkpointing=share))
+    blocks: list[Any] = list(model.blocks())
+    return model, [block.branch for block in blocks], (torch.randn(1, 3, 4, 32, 32), False)
+
+
+def _sound(share: Share) -> tuple[nn.Module, list[nn.Module], tuple[Any, ...]]:
+    pictures = Spectrogram(rate=8000, rows=16, columns=8)
+    model = sound.SoundVQGAN(sound.config_from_preset("sound_vqgan_tiny", pictures, activation_checkpointing=share))
+    blocks: list[Any] = list(model.blocks())
+    return model, [block.branch for block in blocks], (torch.randn(1, 1, 4, 16, 8), False)
+
+
+def _encgan3(share: Share) -> tuple[nn.Module, list[nn.Module], tuple[Any, ...]]:
+    model = encgan3.EncGAN3(encgan3_config.config_from_preset("encgan3_tiny", activation_checkpointing=share))
+    size, frames = model.config.size, model.config.frames
+    noise = torch.randn(1, 4, model.config.content + model.config.movement)
+    video, differences = torch.randn(1, frames, 3, size, size), torch.randn(1, frames - 1, 3, size, size)
+    streams: list[Any] = list(model.generator.blocks)
+    inside = [model.content.steps, model.movement.steps, *(block.video_space for block in streams)]
+    return model, inside, (video, differences, noise)
+
+
 FAMILIES = {
     "latte": _latte,
     "pv_vae": _vae,
     "tats": _tats,
     "memory": _memory,
+    "remembering": _remembering,
     "mavin": _mavin("dit"),
     "mavin_unet": _mavin("unet"),
+    "vqgan": _vqgan,
+    "sound_vqgan": _sound,
+    "encgan3": _encgan3,
 }
 
 
@@ -118,27 +167,11 @@ def test_half_of_the_blocks_run_twice_and_the_gradients_stay(family: str) -> Non
         torch.testing.assert_close(whole, plain, rtol=1e-4, atol=1e-6)
 
 
-def _vqgan(_: Share) -> tuple[nn.Module, list[nn.Module], tuple[Any, ...]]:
-    model = vqgan.VQGAN(vqgan.config_from_preset("vqgan_tiny"))
-    return model, list(model.blocks()), (torch.randn(1, 3, 4, 32, 32), False)
-
-
-def _encgan3(_: Share) -> tuple[nn.Module, list[nn.Module], tuple[Any, ...]]:
-    model = encgan3.EncGAN3(encgan3_config.config_from_preset("encgan3_tiny"))
-    size, frames = model.config.size, model.config.frames
-    noise = torch.randn(1, 4, model.config.content + model.config.movement)
-    video, differences = torch.randn(1, frames, 3, size, size), torch.randn(1, frames - 1, 3, size, size)
-    return model, list(model.blocks()), (video, differences, noise)
-
-
-COMPILED = FAMILIES | {"vqgan": _vqgan, "encgan3": _encgan3}
-
-
-@pytest.mark.parametrize("family", COMPILED)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_block_is_compiled_whole_and_recomputed_so(family: str) -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)
-    model, _, inputs = COMPILED[family](True)
+    model, _, inputs = FAMILIES[family](True)
     compiled = list[int]()
     blocks: Any = model.train().blocks()  # type: ignore[operator]
     for number, block in enumerate(blocks):

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from longtake.training.models.common.recompute import called
+
 Norm = Literal["group", "spectral"]
 
 
@@ -52,6 +54,7 @@ class ThreeStreams(nn.Module):
 
     Content `(B, c, 1, H, W)` grows in space, movement `(B, c, T, 1, 1)` in time, and the video in time and then in space
     (a factorised convolution). Fusion adds the movement to the video and puts the content in front of its channels.
+    With `checkpointing`, training keeps only the block's inputs and recomputes the rest in the backward pass.
 
     Args:
         in_widths: channels of content, movement and video before.
@@ -69,6 +72,7 @@ class ThreeStreams(nn.Module):
         groups: int,
     ) -> None:
         super().__init__()
+        self.checkpointing = False
         kernel, stride = {"begin": (4, 1), "double": (4, 2), "keep": (1, 1)}[time]
         step = 1 if begin else 2
         self.content = Growth(in_widths[0], width, (1, 4), (1, step), groups)
@@ -82,6 +86,13 @@ class ThreeStreams(nn.Module):
         self, content: Tensor, movement: Tensor, video: Tensor, reference: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`reference`, a map of the reference frame as large as the content after, is added to what the video sees of it."""
+        again = self.checkpointing and self.training
+        grown: tuple[Tensor, Tensor, Tensor] = called(again, self._grown, content, movement, video, reference)
+        return grown
+
+    def _grown(
+        self, content: Tensor, movement: Tensor, video: Tensor, reference: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         content, movement = self.content(content), self.movement(movement)
         video = self.video_space(self.video_time(video)) + movement
         shown = content if reference is None else content + reference
@@ -178,7 +189,8 @@ class Trunk(nn.Module):
 
     Each step halves the frame, and in a trunk over time takes 3 frames; a last convolution sees all that is left of the
     frame, and in time slides over it: T' = 1 for 16 frames of 64 pixels, more for longer clips and smaller frames. Without
-    time each frame is seen alone and T' = T.
+    time each frame is seen alone and T' = T. With `checkpointing`, training keeps only the clips and recomputes the rest in the
+    backward pass.
 
     Args:
         norm: group: of the outputs but the first; spectral: of the weights, by a power iteration that changes a buffer in
@@ -190,6 +202,7 @@ class Trunk(nn.Module):
         self, size: int, width: int, out: int, time: bool, norm: Norm, groups: int, pooled: bool = False
     ) -> None:
         super().__init__()
+        self.checkpointing = False
         widths, steps, before = trunk_widths(size, width), list[nn.Module](), 3
         for number, after in enumerate(widths):
             steps += self._step(nn.Conv3d(before, after, (1, 4, 4), (1, 2, 2), (0, 1, 1)), norm, groups, bool(number))
@@ -213,7 +226,8 @@ class Trunk(nn.Module):
         return [convolution, *([group_norm(groups, convolution.out_channels)] if normed else []), nn.LeakyReLU(0.2)]
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.steps(x.to(next(self.parameters()).dtype))
+        x = x.to(next(self.parameters()).dtype)
+        out: Tensor = called(self.checkpointing and self.training, self.steps, x)
         return out[..., 0, 0]
 
     def maps(self, x: Tensor) -> list[Tensor]:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationInfo, 
 
 from longtake.datasets.stage import DatasetInput, ModelInput, StageConfig, ViewInput
 from longtake.training.config import ModelName
+from longtake.training.models.common.recompute import Share
 from longtake.training.models.encgan3.blocks import LEAST_FRAMES
 from longtake.training.models.encgan3.measures import MeasuredConfig
 from longtake.training.models.encgan3.recursion import Merge
@@ -53,6 +54,8 @@ class EncGAN3Config(BaseModel):
                     it knows of the reference is z_x, as in the paper [assumption: true]
     attention       side of the frames in pixels at which factorised attention looks; null has none [G3AN: 32 of 64]
     groups          of channels that are normalised together, at most [assumption: 16]
+    activation_checkpointing   share of the encoders and of the generator's blocks that the backward pass recomputes, true is
+                    all: less memory, more time
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -71,6 +74,7 @@ class EncGAN3Config(BaseModel):
     skips: bool = True
     attention: PositiveInt | None = 32
     groups: PositiveInt = 16
+    activation_checkpointing: Share = False
 
     @field_validator("reference")
     @classmethod

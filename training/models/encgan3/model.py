@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from longtake.training.models.common.codec import Posterior
+from longtake.training.models.common.recompute import chosen
 from longtake.training.models.encgan3.blocks import FactorisedAttention, ThreeStreams, Trunk, trunk_widths
 from longtake.training.models.encgan3.config import EncGAN3Config
 from longtake.training.models.encgan3.recursion import clip_around, clip_of, merged
@@ -109,9 +110,12 @@ class EncGAN3(nn.Module):
             config.size, config.width, 2 * config.movement, True, "group", config.groups, config.pooled
         )
         self.generator = Generator(config)
+        blocks: list[Any] = self.blocks()
+        for number, block in enumerate(blocks):
+            block.checkpointing = chosen(config.activation_checkpointing, number, len(blocks))
 
     def blocks(self) -> list[nn.Module]:
-        """The parts that are compiled one by one."""
+        """The parts that are compiled, or recomputed, one by one: the encoders, then the generator's."""
         return [self.content, self.movement, *self.generator.blocks]
 
     @torch.no_grad()

@@ -9,7 +9,6 @@ HunyuanVideo's, they attend to the window's. Cross-attention to φ's states is a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,7 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from longtake.training.foreign.backbone import Backbone, BackboneConfig, Front
-from longtake.training.foreign.front import CLASSES
+from longtake.training.foreign.front import CLASSES, attend
 from longtake.training.models.common.condition import Condition
 from longtake.training.models.common.rotary import CrossAttention, grid_positions, rotation
 from longtake.training.models.memory.model import FirstLatentShift, MemoryModel
@@ -110,9 +109,9 @@ class MemoryBackbone(MemoryModel):
         self.backbone = Backbone(own) if backbone is None else backbone
         self.backbone.config = own
         self.first = FirstLatentShift(config.channels)
-        count = len(list(self.backbone.blocks())) if config.cross_attention else 0
-        shape = (config.width, config.memory_widths[-1], config.heads)
-        self.cross = nn.ModuleList(CrossAttention(*shape) for _ in range(count))
+        blocks, shape = list(self.backbone.blocks()), (config.width, config.memory_widths[-1], config.heads)
+        self.cross = nn.ModuleList(CrossAttention(*shape) for _ in blocks if config.cross_attention)
+        attend(blocks, self.cross if config.cross_attention else [None] * len(blocks))
         self.memory = nn.ModuleList(config.variant.build(config))
         self.start_memory()
 
@@ -169,13 +168,12 @@ class MemoryBackbone(MemoryModel):
         return self.backbone(x, t, condition, rng, front=front, places=times - first_place, present=seen)
 
     def _front(self, memory: Memory, x: Tensor, times: Tensor, level: Tensor | None) -> Front:
-        """The memory's tokens, and what attention to its states adds in each block."""
-        added = None
+        """The memory's tokens, and what the attention of each block to its states takes."""
+        states = None
         if self.config.cross_attention:
             rows, columns = (side // self.config.patch for side in x.shape[3:])
             head = self.config.width // self.config.heads
             here = rotation(grid_positions(times, rows, columns, x.device), head)
             there = rotation(memory.positions[None], head)
-            states = {"hidden": memory.hidden.to(self.dtype), "here": here, "there": there, "seen": memory.seen}
-            added = [partial(cross, **states) for cross in self.cross]
-        return Front(memory.tokens, memory.positions, level, memory.seen, added)
+            states = (memory.hidden.to(self.dtype), here, there, memory.seen)
+        return Front(memory.tokens, memory.positions, level, memory.seen, states)

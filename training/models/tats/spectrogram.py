@@ -74,7 +74,7 @@ def magnitudes(sound: Tensor, frames: int, spectrogram: Spectrogram) -> Tensor:
     around = heard[:, moments[:, None] + torch.arange(taps, device=sound.device)]
     hann = torch.hann_window(taps, device=sound.device)
     spectrum = torch.fft.rfft(around * hann, dim=-1).abs()
-    bands = spectrum @ _bands(spectrogram).to(spectrum).T
+    bands = spectrum @ _bands(spectrogram).to(spectrum, non_blocking=True).T
     return bands.log1p().unflatten(1, (frames, columns)).transpose(2, 3)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from longtake.training.models.common.causal import NormSiLU
 from longtake.training.models.common.codec import Posterior, frames_of, latent_groups
+from longtake.training.models.common.recompute import Share, called, chosen
 from longtake.training.models.tats.codebook import Codebook, Usage
 from longtake.training.models.tats.convolution import (
     Margins,
@@ -58,6 +59,7 @@ class VQGANConfig(BaseModel):
     commitment   weight of the distance of latents from their codes [paper's code: 0.25]
     decay        of the codes' moving averages, each pass [paper's code: 0.99]
     restart      share of the mean usage below which a code is replaced by a latent; 0 never [paper: none]
+    activation_checkpointing   share of the res blocks that the backward pass recomputes, true is all: less memory, more time
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -71,6 +73,7 @@ class VQGANConfig(BaseModel):
     commitment: float = Field(0.25, ge=0)
     decay: float = Field(0.99, ge=0, lt=1)
     restart: float = Field(0.0, ge=0, lt=1)
+    activation_checkpointing: Share = False
 
     @model_validator(mode="after")
     def _divides(self) -> VQGANConfig:
@@ -134,16 +137,21 @@ class Activation(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """`x + conv(silu(norm(conv(silu(norm(x))))))` at constant width."""
+    """`x + conv(silu(norm(conv(silu(norm(x))))))` at constant width.
+
+    With `checkpointing`, training keeps only the block's input and recomputes the rest in the backward pass.
+    """
 
     def __init__(self, width: int, norm: Norm, padding: Padding) -> None:
         super().__init__()
+        self.checkpointing = False
         self.branch = nn.Sequential(
             *(part for _ in range(2) for part in (Activation(width, norm), SameConv3d(width, width, padding=padding)))
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.branch(x)
+        out: Tensor = x + called(self.checkpointing and self.training, self.branch, x)
+        return out
 
 
 def _encoder(config: VQGANConfig) -> nn.Sequential:
@@ -182,6 +190,9 @@ class VQGAN(nn.Module):
         self.encoder = _encoder(config)
         self.codebook = Codebook(config.codes, config.code_width, config.decay, config.restart)
         self.decoder = _decoder(config)
+        blocks = [module for module in self.modules() if isinstance(module, ResBlock)]
+        for number, block in enumerate(blocks):
+            block.checkpointing = chosen(config.activation_checkpointing, number, len(blocks))
 
     @property
     def dtype(self) -> torch.dtype:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +13,8 @@ from torch import Tensor
 
 from longtake.datasets.encoding import strides_of
 from longtake.datasets.errors import UserError
+from longtake.datasets.latents import state_digest
+from longtake.datasets.tokens import model_digest
 from longtake.training.metrics import equivariance
 from longtake.training.models.common.codec import latents_of, reconstruct_video
 from longtake.training.models.tats.convolution import SameConv3d
@@ -220,3 +224,11 @@ def test_without_quantising_the_codebook_stays_and_the_latents_are_decoded():
     video, _, commitment, _ = model(clip(8), quantise=False)
     torch.testing.assert_close(video, model.decoder(model.encode(clip(8))) * 2)
     assert commitment == 0 and all(torch.equal(before[n], v) for n, v in model.codebook.state_dict().items())
+
+
+def test_what_is_recomputed_in_training_decides_no_token_and_old_models_keep_their_digest():
+    plain, again = made(), made(activation_checkpointing=0.5)
+    assert model_digest(plain) == model_digest(again) != model_digest(made(padding="zeros"))
+    known = {"width": 4, "codes": 64, "code_width": 8, "downsample": [4, 4, 4], "padding": "replicate", "norm": "rms"}
+    known |= {"commitment": 0.25, "decay": 0.99, "restart": 0.1}
+    assert model_digest(plain) == state_digest(json.dumps(["VQGAN", known], sort_keys=True), plain)
