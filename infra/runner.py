@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +34,9 @@ def plan(recipe: Recipe, nodes: list[Node], store: Runs, choice: Choice) -> dict
     """For each chosen stage, whether it runs (True) or its finished run is reused (False).
 
     A finished stage whose product is gone is reported in a line.
+
+    Raises:
+        UserError: a stage that runs names a GPU for its observer that is not here.
     """
     for name in (choice.start, choice.only):
         if name is not None:
@@ -46,7 +49,20 @@ def plan(recipe: Recipe, nodes: list[Node], store: Runs, choice: Choice) -> dict
         todo[node.name] = choice.force or node.name in forced or run is None
         if loss:
             print(f"{node.name}: {shown(loss)}; it is made again from what there is", file=sys.stderr)
+    check_observers([node for node in chosen if todo[node.name]])
     return todo
+
+
+def check_observers(nodes: Sequence[Node]) -> None:
+    """Raise UserError where a stage names a GPU for its observer that is not here, before hours of other stages."""
+    for node in nodes:
+        if isinstance(node.config, TrainConfig) and node.config.run.observer not in (None, "cpu"):
+            from longtake.training import observer
+
+            try:
+                observer.check_device(node.config)
+            except UserError as e:
+                raise UserError(f"stage {node.name}: {e}") from e
 
 
 def finished(node: Node, store: Runs) -> runs.Run | None:

@@ -20,6 +20,12 @@ def _pattern(text: str) -> str:
 Pattern = Annotated[str, AfterValidator(_pattern)]
 
 
+def _device(text: str) -> str:
+    if not re.fullmatch(r"cpu|cuda:\d+", text):
+        raise ValueError(f"{text!r} is no device; give cpu or a GPU by its number, such as cuda:7")
+    return text
+
+
 def model_name(text: str) -> str:
     """The text, if it can name a registered model, else ValueError."""
     # "m-..." is the id of a logged model; what ends so is the lock of a promotion
@@ -132,7 +138,7 @@ class RunConfig(StageConfig):
     sample_every: int = Field(500, ge=0)
     heldout_every: int = Field(250, ge=0)
     heldout_clips: int = Field(32, ge=1)
-    observer: str | None = Field(None, pattern=r"^(cpu|cuda:\d+)$")
+    observer: Annotated[str, AfterValidator(_device)] | None = None
     checkpoint_every: int = Field(200, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
     keep_every: int | None = Field(None, ge=1)

@@ -90,7 +90,7 @@ def _line(fit: Fit, remedy: Remedy | None, there: Device, why: str) -> str:
     if why:
         return f"{line}, does NOT fit; what would make it fit is not known ({why})"
     if remedy is None:
-        return f"{line}, does NOT fit, whatever is changed: choose a smaller model, window or batch"
+        return f"{line}, does NOT fit, whatever is changed but the optimizer: choose a smaller model, window or batch"
     return f"{line}, does NOT fit; {', '.join(remedy.changes)} makes it {_gb(remedy.fit.total)}"
 
 

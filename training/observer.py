@@ -58,6 +58,7 @@ def beside(module: str, config: TrainConfig, inputs: Mapping[str, str], folder: 
     if config.run.observer is None:
         yield
         return
+    check_device(config)
     _settle(folder)
     keeper = _Keeper(Job.of(module, config, inputs, folder), config, _environment(config))
     keeper.start()
@@ -66,16 +67,18 @@ def beside(module: str, config: TrainConfig, inputs: Mapping[str, str], folder: 
         keeper.finish()
     finally:
         keeper.stop()
+    # what one that gave up, or was stopped before, has made and not sent
+    with tracker.connect(folder / _FOLDER, system_metrics=False):
+        pass
 
 
-def _environment(config: TrainConfig) -> dict[str, str]:
-    """The observer's environment, in which its device is the only one. Raises as `beside`."""
+def check_device(config: TrainConfig) -> None:
+    """Raise UserError where a GPU that `run.observer` names is not there, or a process of the training has it."""
     place, launcher = str(config.run.observer), config.run.launcher
-    kept = {name: value for name, value in os.environ.items() if name not in _RANKS}
-    if place == "cpu":
-        return kept | {"CUDA_VISIBLE_DEVICES": ""}
-    number = int(place.removeprefix("cuda:"))
-    if number >= (count := torch.cuda.device_count()):
+    if not place.startswith("cuda:"):
+        return
+    number, count = int(place.removeprefix("cuda:")), torch.cuda.device_count()
+    if number >= count:
         raise UserError(f"run.observer: {place}, but this machine has {count} GPUs for it; name another one, or cpu")
     # on a Ray cluster only Ray knows which GPUs it gives away
     taken = {"process": processes_here(), "torchrun": launcher.processes, "ray": 0}[launcher.by]
@@ -83,6 +86,14 @@ def _environment(config: TrainConfig) -> dict[str, str]:
         raise UserError(
             f"run.observer: {place} is the device of a training process; name cuda:{taken} or a later one, or cpu"
         )
+
+
+def _environment(config: TrainConfig) -> dict[str, str]:
+    """The observer's environment, in which its device is the only one."""
+    kept = {name: value for name, value in os.environ.items() if name not in _RANKS}
+    if config.run.observer == "cpu":
+        return kept | {"CUDA_VISIBLE_DEVICES": ""}
+    number = int(str(config.run.observer).removeprefix("cuda:"))
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     return kept | {"CUDA_VISIBLE_DEVICES": visible[number] if visible else str(number)}
 
@@ -181,23 +192,42 @@ def observe(job: Job, finish: threading.Event) -> None:
         config = config.model_copy(update={"precision": "fp32"})
     torch.set_num_threads(environment.threads() or share_of_cpus(2))
     objective: Objective | None = None
+    late = 0
     with process_group(), tracker.connect(folder / _FOLDER, system_metrics=False) as log:
         ended = False
         while not ended:
             # asked before the folder is read, so that the last checkpoint is seen
             ended = finish.is_set()
-            while (path := _next(folder)) is not None:
-                if objective is None:
-                    inputs = resolved(config, lineage.pinned(job.inputs, folder), folder)
-                    objective = stage.objective(config, stage.prepare(config, inputs, folder))
-                    if config.lora:
-                        # apart, as in training: added to bf16 weights, small changes would be lost
-                        lora.attach(objective.modules[objective.lead], config.lora)
+            if objective is None and _next(folder):
+                inputs = resolved(config, lineage.pinned(job.inputs, folder), folder)
+                objective = stage.objective(config, stage.prepare(config, inputs, folder))
+                if config.lora:
+                    # apart, as in training: added to bf16 weights, small changes would be lost
+                    lora.attach(objective.modules[objective.lead], config.lora)
+            while objective and (path := _next(folder)):
+                late += _left_out(config, step_of(path), _last(folder))
+                # what was due of a checkpoint that is removed meanwhile is due of the next one
                 with _unless_removed(path):
                     _observe(objective, config, path, _last(folder), log)
-                _note(folder, step_of(path))
+                    _note(folder, step_of(path))
             if not ended:
                 finish.wait(_EVERY)
+    if late:
+        print(
+            f"warning: the observer was too slow for {late} samples and held-out losses, whose checkpoints were gone; raise"
+            " keep_checkpoints, checkpoint_every, or their own steps",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _left_out(config: TrainConfig, step: int, before: int) -> int:
+    """How many samples and held-out losses were due between two steps, but for the later one's own."""
+    return sum(
+        max(0, step // every - before // every - 1)
+        for every in (config.run.sample_every, config.run.heldout_every)
+        if every
+    )
 
 
 def _observe(objective: Objective, config: TrainConfig, path: Path, before: int, log: Tracker) -> None:

@@ -205,7 +205,7 @@ def _memory(row: Mapping[str, Any], gpu: float | None) -> str:
     if gpu is None or row["fits"]:
         return said + (f", fits {_bytes(gpu)}" if gpu else "")
     if not row["changes"]:
-        return f"{said}, does NOT fit {_bytes(gpu)}, whatever is changed: choose a smaller model, window or batch"
+        return f"{said}, does NOT fit {_bytes(gpu)}, whatever is changed but the optimizer: choose a smaller model, window or batch"
     return f"{said}, does NOT fit {_bytes(gpu)}; {', '.join(row['changes'])} makes it {_bytes(row['then']['total'])}"
 
 

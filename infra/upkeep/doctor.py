@@ -242,6 +242,7 @@ def resources(recipe: Recipe, nodes: list[Node], address: str | None) -> Iterato
     """Compare the CPUs, GPUs and memory that each stage asks for with those of the cluster, or of this machine."""
     from longtake.infra.cluster import jobs
     from longtake.infra.cluster.submit import lacking
+    from longtake.infra.runner import check_observers
 
     ray = os.environ.get("RAY_ADDRESS", "")
     if address:
@@ -263,6 +264,11 @@ def resources(recipe: Recipe, nodes: list[Node], address: str | None) -> Iterato
         }
         cluster, where, labels = [ours], "this machine", None
     shortages = lacking(nodes, recipe.deploy, cluster, labels)
+    if where == "this machine":
+        try:
+            check_observers(nodes)
+        except UserError as e:
+            shortages.append(str(e))
     for line in shortages:
         fix = "lower it in the recipe, or name a larger cluster by --address"
         yield Line("fail", "resources", f"{where}: {line}", fix)

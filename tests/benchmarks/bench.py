@@ -184,7 +184,8 @@ def measure(rows: dict[str, Row], names: Sequence[str], turns: int, again: bool)
                 print(f"  {'left out' if isinstance(e, Left) else 'FAILED'}: {e}{kept}", flush=True)
                 (left if isinstance(e, Left) else bad).append(run)
                 continue
-        for row in group:
+        # a program measures all its rows, and those that were not asked for have no say
+        for row in (row for row in group if row in chosen(rows, names)):
             line, fell = judged(row, runs)
             print(f"  {line}", flush=True)
             bad += [row.name] if fell else []

@@ -347,3 +347,38 @@ def test_another_name_runs_again_but_goes_on_in_the_same_place(tmp_path: Path) -
         assert now.output == was.output
         assert (now.fingerprint == was.fingerprint) == (now.name in ("shards", "view"))
     assert build(path, "stages.vae.lr=0.1")[-1].output != before[-1].output
+
+
+@pytest.mark.parametrize("dry", [True, False])
+def test_an_observer_on_a_gpu_that_is_not_there_is_refused_before_the_first_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dry: bool
+) -> None:
+    from click.testing import CliRunner
+
+    from longtake.infra.cli.recipe import run
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    vae = {"kind": "pretrain_vae", "dataset": "shards", "model": {"preset": "pv_vae_tiny"}, "run": {"observer": "cuda:9"}}
+    stages = {"shards": {"kind": "shard", "sources": [str(tmp_path)]}, "vae": vae}
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump({"name": "r", "workspace": str(tmp_path / "ws"), "stages": stages}))
+    with pytest.raises(UserError, match=r"stage vae: run\.observer: cuda:9, but this machine has 0 GPUs"):
+        CliRunner().invoke(run, [str(path), *(["--dry-run"] if dry else [])], catch_exceptions=False)
+    assert not (tmp_path / "ws" / "shards").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"run": {"observer": "gpu"}}, "'gpu' is no device; give cpu or a GPU by its number, such as cuda:7"),
+        ({"recompute": 1.5, "parent": "models:/a/1"}, "1.5 is no share of blocks; give true, false, or a number from 0 to 1"),
+    ],
+)
+def test_a_setting_of_two_kinds_says_what_it_takes(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
+    stages = {"vae": {"kind": "pretrain_vae", "dataset": "s3://nowhere/shards"} | changes}
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump({"name": "r", "workspace": str(tmp_path / "ws"), "stages": stages}))
+    with pytest.raises(UserError) as raised:
+        load(str(path))
+    assert says in str(raised.value)

@@ -65,7 +65,10 @@ def run(job: Job, config: TrainConfig) -> None:
         failures = {}
         with signals_passed_on((scratch / "stop").touch, config):
             try:
-                elastic_launch(settings, sys.executable)("-m", "longtake.training.launch.torchrun", folder, os.getpid())
+                # this package's import has imported that module too, which runpy would warn of in each process
+                quiet = ("-W", "ignore::RuntimeWarning:runpy")
+                module = ("-m", "longtake.training.launch.torchrun")
+                elastic_launch(settings, sys.executable)(*quiet, *module, folder, os.getpid())
             except ChildFailedError as e:
                 failures = e.failures
         error = _last_error(scratch)

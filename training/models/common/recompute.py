@@ -11,19 +11,21 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import AfterValidator, Field
+from pydantic import BeforeValidator
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-def _ends(share: bool | float) -> bool | float:
+def _ends(share: object) -> bool | float:
+    if not isinstance(share, bool | int | float) or not 0 <= share <= 1:
+        raise ValueError(f"{share!r} is no share of blocks; give true, false, or a number from 0 to 1")
     # one way to write all and none, in config.json and in what decides a stage's result
-    return bool(share) if share in (0, 1) else share
+    return bool(share) if share in (0, 1) else float(share)
 
 
 # of blocks: true is all, false none
-Share = Annotated[bool | Annotated[float, Field(ge=0, le=1)], AfterValidator(_ends)]
+Share = Annotated[bool | float, BeforeValidator(_ends)]
 
 
 def chosen(share: bool | float, number: int, count: int) -> bool:
