@@ -177,7 +177,7 @@ class TrainConfig(StageConfig):
     schedule             of the learning rate after the warm-up
     final_lr             share of `lr` that the cosine ends at
     optimizer            adamw; or muon for the linear layers of a model's blocks, AdamW for all else, without ZeRO
-    fused_optimizer      AdamW's update in one kernel: less time, and no copies on a GPU; last bits differ
+    fused_optimizer      AdamW's update in one kernel, for which nothing waits; last bits differ; null: on a GPU, unless offloaded
     betas                of Adam
     weight_decay         of linear and convolution weights; not of norms, biases and tokens
     gradient_clip        largest global norm of the gradient; 0 does not clip
@@ -200,7 +200,7 @@ class TrainConfig(StageConfig):
 
     LATER: ClassVar[Mapping[str, Any]] = {
         "optimizer": "adamw",
-        "fused_optimizer": False,
+        "fused_optimizer": None,
         "offload_activations": False,
     }
     # whether processes can share a window of what is trained (`run.launcher.sequence`)
@@ -218,7 +218,7 @@ class TrainConfig(StageConfig):
     schedule: Literal["constant", "cosine"] = "cosine"
     final_lr: float = Field(0.1, ge=0, le=1)
     optimizer: Literal["adamw", "muon"] = "adamw"
-    fused_optimizer: bool = False
+    fused_optimizer: bool | None = None
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = Field(0.01, ge=0)
     gradient_clip: float = Field(1.0, ge=0)
@@ -244,6 +244,16 @@ class TrainConfig(StageConfig):
         if self.warmup_steps is None or self.warmup_steps > self.steps:
             return min(1000, self.steps // 10)
         return self.warmup_steps
+
+    def fused(self, on_gpu: bool) -> bool:
+        """Whether the update of AdamW is one kernel, by default where weights and states are on a GPU."""
+        if self.fused_optimizer is None:
+            return on_gpu and self.offload == "none"
+        return self.fused_optimizer
+
+    def decisive(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """As of recipes whose `fused_optimizer` was false by default, which left it out."""
+        return {name: value for name, value in settings.items() if (name, value) != ("fused_optimizer", False)}
 
     @field_validator("betas")
     @classmethod

@@ -286,7 +286,7 @@ def memory_of(traced: Traced, config: Any, world: int, on_gpu: bool = True) -> F
     # an update in fp32 of one engine, or of as much of it as ZeRO takes at once: gradients, and what AdamW computes
     at_once = min(largest // share, _LIVE)
     copy = 0 if on_host else _FP32 * at_once
-    computed = 0 if on_host or config.fused_optimizer or not (on_gpu or zero) else copy if on_gpu else 2 * copy
+    computed = 0 if on_host or config.fused(on_gpu) or not (on_gpu or zero) else copy if on_gpu else 2 * copy
 
     # the moments: each of forward and backward; the first update, of zeros; the exchange of gradients; an update
     made = (learning if config.accumulate > 1 else largest) * low

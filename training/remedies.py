@@ -22,6 +22,7 @@ class Remedy(NamedTuple):
 Change = Mapping[str, Any]  # fields of a stage's config, and their values
 _AGAIN = "activation_checkpointing"
 _SHARES = (0.25, 0.5, 0.75, True)  # of the blocks
+_DEVICES = 8  # of a machine: a window is not shared between machines
 
 
 def _checkpointing(config: Any) -> Iterator[Change]:
@@ -83,6 +84,25 @@ def _adapting(config: Any) -> Iterator[Change]:
         yield {"lora": {"rank": 16}}
 
 
+def _sharing(config: Any) -> Iterator[Change]:
+    """Processes share a window, each with a part of its tokens: as many windows in a pass, on more devices or in more passes."""
+    launcher = config.run.launcher
+    if not config.SHARED:
+        return
+    # one process may become several
+    counts = (launcher.processes,) if launcher.processes > 1 else (2, 4, 8)
+    sizes = {size for count in counts for size in range(2, _DEVICES + 1) if count % size == 0}
+    for size in sorted(size for size in sizes if size > launcher.sequence and size % launcher.sequence == 0):
+        processes = max(launcher.processes, size)
+        by = "torchrun" if launcher.by == "process" else launcher.by
+        change: dict[str, Any] = {"run": config.run.model_dump(mode="json")}
+        change["run"]["launcher"] |= {"by": by, "processes": processes, "sequence": size}
+        change["accumulate"] = config.accumulate * engines.groups_of(config, _world(config)) * size // processes
+        if config.zero_stage == 3:
+            change |= {"zero_stage": 2, "offload": "none" if config.offload == "none" else "optimizer"}
+        yield change
+
+
 # from cheap to dear
 _KINDS_OF_CHANGE = (
     _chunking,
@@ -93,15 +113,24 @@ _KINDS_OF_CHANGE = (
     _bounding,
     _keeping_on_host,
     _adapting,
+    _sharing,
 )
 
 
-def _written(changes: Change) -> tuple[str, ...]:
-    """Changes as lines of a recipe."""
-    texts = {"lora": "lora: {rank: 16}"}
-    if "model" in changes:
-        texts["model"] = f"model.{_AGAIN}: {str(changes['model'][_AGAIN]).lower()}"
-    return tuple(texts.get(name, f"{name}: {str(value).lower()}") for name, value in changes.items())
+def _written(config: Any, changes: Change) -> tuple[str, ...]:
+    """Changes of a config as lines of a recipe."""
+    lines: list[str] = []
+    for name, value in changes.items():
+        if name == "model":
+            lines.append(f"model.{_AGAIN}: {str(value[_AGAIN]).lower()}")
+        elif name == "lora":
+            lines.append("lora: {rank: 16}")
+        elif name == "run":
+            before = config.run.launcher.model_dump(mode="json")
+            lines += [f"run.launcher.{key}: {new}" for key, new in value["launcher"].items() if new != before[key]]
+        elif value != getattr(config, name):
+            lines.append(f"{name}: {str(value).lower()}")
+    return tuple(lines)
 
 
 class Planned:
@@ -126,13 +155,14 @@ class Planned:
 
         One change after the other, from cheap to dear; then all together, as far as each helps.
         """
-        # on a CPU all is in the host's memory already
-        kinds = [kind for kind in _KINDS_OF_CHANGE if self._on_gpu or kind not in (_offloading, _keeping_on_host)]
+        # on a CPU all is in the memory of one host already
+        elsewhere = () if self._on_gpu else (_offloading, _keeping_on_host, _sharing)
+        kinds = [kind for kind in _KINDS_OF_CHANGE if kind not in elsewhere]
         single = (change for kind in kinds for change in kind(self._config))
         for change in single:
             found = self._changed(self._config, change)
             if found is not None and found[1].total <= limit:
-                return Remedy(_written(change), found[1])
+                return Remedy(_written(self._config, change), found[1])
         together, config, least = dict[str, Any](), self._config, self.fit().total
         for kind in kinds:
             better = together, config
@@ -143,7 +173,7 @@ class Planned:
                 changed, fit = found
                 least, better = fit.total, (together | dict(change), changed)
                 if least <= limit:
-                    return Remedy(_written(better[0]), fit)
+                    return Remedy(_written(self._config, better[0]), fit)
             together, config = better
         return None
 

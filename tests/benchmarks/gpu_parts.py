@@ -3,12 +3,14 @@
 import functools
 import json
 import math
+import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -47,6 +49,7 @@ SHOWN = (
     "mfu",
 )
 Found = dict[str, Any]
+Passed = dict[str, tuple[float, dict[str, torch.Tensor], int]]  # by engine: loss, gradients, number of draws
 
 
 @dataclass(frozen=True)
@@ -188,20 +191,22 @@ def late(rows: Sequence[Mapping[str, float]], name: str) -> float:
     return statistics.median(row[name] for row in rows[len(rows) // 3 :])
 
 
-def correct(family: str, names: tuple[str, ...], sizes: Sizes) -> Found:
-    """A family's losses and gradients here beside those on the CPU."""
-    file = references(tuple(name.split("/")[1] for name in names if name.startswith("correct/"))) / f"{family}.pt"
-    there = torch.load(file)
-    if "error" in there:
-        raise RuntimeError(f"on the CPU: {there['error']}")
+def correct(family: str, folder: Path, sizes: Sizes) -> Found:
+    """A family's losses and gradients here beside those on the CPU, which are computed meanwhile, once, and kept in the folder."""
+    file = folder / f"{family}.pt"
+    making = None if file.exists() else _on_cpu().submit(refer, family, file)
     here = passed(family)
+    if making:
+        making.result()
+    there: Passed = torch.load(file)
     assert here.keys() == there.keys()
     found: Found = {"engines": {}, "within": True}
     for engine, (loss, gradients, draws) in here.items():
         loss_there, gradients_there, draws_there = there[engine]
         assert gradients.keys() == gradients_there.keys() and draws == draws_there
-        apart = math.sqrt(sum(float((gradients[n] - g).square().sum()) for n, g in gradients_there.items()))
-        norm = math.sqrt(sum(float(g.square().sum()) for g in gradients_there.values()))
+        pairs = [(gradients[name].double(), g.double()) for name, g in gradients_there.items()]
+        apart = math.sqrt(sum(float((one - two).square().sum()) for one, two in pairs))
+        norm = math.sqrt(sum(float(two.square().sum()) for _, two in pairs))
         off = {"loss": abs(loss - loss_there) / max(abs(loss_there), 1e-12), "gradients": apart / max(norm, 1e-12)}
         found["engines"][engine] = off | {"loss_here": loss, "norm_of_gradients": norm, "draws": draws}
         found["within"] &= math.isfinite(loss) and norm > 0 and off["loss"] <= LOSS and off["gradients"] <= GRADIENTS
@@ -211,17 +216,50 @@ def correct(family: str, names: tuple[str, ...], sizes: Sizes) -> Found:
 
 
 @functools.cache
-def references(families: tuple[str, ...]) -> Path:
-    """The folder of what these families give on the CPU, in a process that sees no GPU."""
-    folder = Path(tempfile.mkdtemp(prefix="longtake-gpu-"))
-    command = [sys.executable, __file__, str(folder), *families]
-    subprocess.run(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, check=True, stdout=subprocess.DEVNULL)
-    return folder
+def _on_cpu() -> ProcessPoolExecutor:
+    """A process that sees no GPU, for all families of this one: it takes seconds to begin."""
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    try:
+        # it begins with the environment of its first task
+        pool.submit(os.getpid).result()
+    finally:
+        del os.environ["CUDA_VISIBLE_DEVICES"]
+        os.environ |= {} if seen is None else {"CUDA_VISIBLE_DEVICES": seen}
+    return pool
 
 
-def passed(family: str) -> dict[str, tuple[float, dict[str, torch.Tensor], int]]:
+def end_references() -> None:
+    """End the process that computed on the CPU, if there is one."""
+    if _on_cpu.cache_info().currsize:
+        _on_cpu().shutdown()
+
+
+def refer(family: str, file: Path) -> None:
+    """Write what a family gives on this process's device."""
+    with engines.process_group():
+        made = passed(family)
+    scratch = file.with_suffix(".tmp")
+    torch.save(made, scratch)
+    scratch.rename(file)
+
+
+@contextmanager
+def _exact() -> Iterator[None]:
+    """Products of fp32 as they are, not rounded to TF32."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+@_exact()
+def passed(family: str) -> Passed:
     """The loss, the gradients and the number of draws of each engine's turn, on this process's device."""
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     with tempfile.TemporaryDirectory() as folder:
         if family == "backbone":
             source = trainings.of_another_library(Path(folder), None)
@@ -252,7 +290,7 @@ def passed(family: str) -> dict[str, tuple[float, dict[str, torch.Tensor], int]]
             loss, _ = objective.loss(Turn(name, made, batch, config.steps - 1, rng, 0, carry))
             loss.backward()
         named = engine.module.named_parameters()
-        gradients = {n: p.grad.double().cpu() for n, p in named if p.grad is not None}
+        gradients = {n: p.grad.float().cpu() for n, p in named if p.grad is not None}
         found[name] = float(loss.detach()), gradients, same.draws
     return found
 
@@ -267,7 +305,7 @@ class Plain:
         return self.module(*args, **kwargs)
 
 
-def mfu(model: str, compiled: bool, names: tuple[str, ...], sizes: Sizes) -> Found:
+def mfu(model: str, compiled: bool, _folder: Path, sizes: Sizes) -> Found:
     """The figures of a step."""
     source = source_of(sizes, model, compile=compiled)
     torch.manual_seed(0)
@@ -282,7 +320,7 @@ def mfu(model: str, compiled: bool, names: tuple[str, ...], sizes: Sizes) -> Fou
     return found | {"loss": rows[-1]["loss"]}
 
 
-def memory(model: str, names: tuple[str, ...], sizes: Sizes) -> Found:
+def memory(model: str, _folder: Path, sizes: Sizes) -> Found:
     """The peak of a step beside what is said of it before, in bytes."""
     source, gpu = source_of(sizes, model), torch.cuda.is_available()
     traced = fit.trace_of(source.stage, source.config, source.inputs, 1)
@@ -299,7 +337,7 @@ def memory(model: str, names: tuple[str, ...], sizes: Sizes) -> Found:
     return {"said": said.total, "measured": peak, "said_to_measured": said.total / peak, "parts": said._asdict()}
 
 
-def cache_latents(names: tuple[str, ...], sizes: Sizes) -> Found:
+def cache_latents(_folder: Path, sizes: Sizes) -> Found:
     """The stage's rate as a share of the encoder's."""
     options = bench_latents.options().parse_args([*sizes.latents, "--device", engines.device().type])
     threads = torch.get_num_threads()
@@ -308,7 +346,7 @@ def cache_latents(names: tuple[str, ...], sizes: Sizes) -> Found:
     return {"share_of_encode": statistics.median(1 / r for r in ratios["stage"]), "seconds_to_encode": ratios}
 
 
-def fed_by_videos(names: tuple[str, ...], sizes: Sizes) -> Found:
+def fed_by_videos(_folder: Path, sizes: Sizes) -> Found:
     """PV-VAE's training from mp4s."""
     source, (clips, side) = source_of(sizes, "pv_vae"), sizes.clips
     objective, batch, _ = source.stage.largest(source.config, source.inputs, source.config.batch)
@@ -319,7 +357,7 @@ def fed_by_videos(names: tuple[str, ...], sizes: Sizes) -> Found:
         return _fed(objective, Loader(dataset, batch=source.config.batch, **options), source.config, sizes)
 
 
-def fed_by_latents(names: tuple[str, ...], sizes: Sizes) -> Found:
+def fed_by_latents(_folder: Path, sizes: Sizes) -> Found:
     """Latte's training from cached latents."""
     source, (clips, side) = source_of(sizes, "latte"), sizes.clips
     with tempfile.TemporaryDirectory() as folder:
@@ -340,28 +378,13 @@ def _fed(objective: Objective, loader: Any, config: Any, sizes: Sizes) -> Found:
     return found | {"workers": sizes.workers, "batch": config.batch}
 
 
-Part = Callable[[tuple[str, ...], Sizes], Found]
+Part = Callable[[Path, Sizes], Found]
 PARTS: dict[str, Part] = {
-    **{f"correct/{family}": partial(correct, family) for family in FAMILIES},
     **{f"mfu/{model}": partial(mfu, model, False) for model in FULL.models},
-    "latents": cache_latents,
+    **{f"correct/{family}": partial(correct, family) for family in FAMILIES},
     **{f"memory/{model}": partial(memory, model) for model in FULL.models},
+    "latents": cache_latents,
     "loader/videos": fed_by_videos,
     "loader/latents": fed_by_latents,
     **{f"mfu/{model}-compiled": partial(mfu, model, True) for model in FULL.models},
 }
-
-
-def refer(folder: Path, families: Sequence[str]) -> None:
-    """Write what these families give on this process's device."""
-    with engines.process_group():
-        for family in families:
-            try:
-                found: Any = passed(family)
-            except Exception as e:
-                found = {"error": f"{type(e).__name__}: {e}"}
-            torch.save(found, folder / f"{family}.pt")
-
-
-if __name__ == "__main__":
-    refer(Path(sys.argv[1]), sys.argv[2:])

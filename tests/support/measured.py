@@ -1,4 +1,4 @@
-"""The memory of a real training on a CPU: what a stage's `largest` gives, in DeepSpeed's engines, for two steps.
+"""The memory of a real training on a CPU: what a stage's `largest` gives, in DeepSpeed's engines and with its averages, for two steps.
 
 Two figures are measured. `allocated` is the peak of what torch's allocator has given out, by `torch.profiler` with
 `profile_memory`: exact to the byte, and without the interpreter, so it is compared. `resident` is by how much a process has
@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from longtake.infra import graph, recipe
 from longtake.infra.upkeep.memory import sources_of
 from longtake.training import engines, fit
+from longtake.training.engines import ema
 from longtake.training.objective import Turn
 
 STEPS = 2  # the optimizer's states come with the first
@@ -29,10 +30,9 @@ def source_of(path: str, name: str) -> fit.Source:
 
 
 def planned(source: fit.Source) -> int:
-    """What is said of a training, on a CPU and without the averages that `train` leaves out."""
+    """What is said of a training on a CPU."""
     traced = fit.trace_of(source.stage, source.config, source.inputs, 1)
-    found = fit.memory_of(traced, source.config, 1, on_gpu=False)
-    return found.total - found.averages
+    return fit.memory_of(traced, source.config, 1, on_gpu=False).total
 
 
 def allocated(source: fit.Source) -> int:
@@ -49,11 +49,13 @@ def allocated(source: fit.Source) -> int:
 
 
 def train(source: fit.Source) -> None:
-    """Some steps as `training.loop` makes them, without data and averages."""
+    """Some steps as `training.loop` makes them, without data."""
     config = source.config
     objective, batch, beside = source.stage.largest(config, source.inputs, config.batch // config.accumulate)
     made = engines.engines_of(objective.modules, objective.lead, config, 1, settings=objective.settings)
-    for _ in range(STEPS):
+    lead = made[objective.lead]
+    averages, weights = ema.begin(lead, config.ema_half_lives), ema.weights_of(lead)
+    for step in range(STEPS):
         for number in range(config.accumulate):
             carry: dict[str, Any] = {}
             for name, engine in made.items():
@@ -67,6 +69,7 @@ def train(source: fit.Source) -> None:
                     parameter.requires_grad_(True)
                 engine.step()
                 del loss
+        ema.move(averages, weights, step + 1)
     del beside
 
 

@@ -32,6 +32,7 @@ from torch.utils.flop_counter import flop_registry
 
 from longtake.training import engines, fit, loop, trace
 from longtake.training.config import TrainConfig
+from longtake.training.engines import updates
 
 NAME = "pretended"
 Step = Callable[[], object]
@@ -450,12 +451,12 @@ class _Engine:
 
     def __init__(self, module: torch.nn.Module, config: TrainConfig) -> None:
         self.module, self._passes, self._accumulate = module, 0, config.accumulate
-        groups, fused = engines.parameter_groups(module, config.weight_decay), config.fused_optimizer or None
-        self.optimizer = torch.optim.AdamW(groups, config.lr, fused=fused)
-        self.optimizer.register_step_pre_hook(partial(engines._finish_gradients, config.gradient_clip))
+        groups, fused = engines.parameter_groups(module, config.weight_decay), config.fused(on_gpu=True)
+        self.optimizer = self.basic_optimizer = torch.optim.AdamW(groups, config.lr, fused=fused or None)
+        updates.finish(self, config.gradient_clip)
 
-    def __call__(self, *args: Any) -> Any:
-        return self.module(*args)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
 
     def backward(self, loss: Tensor) -> None:
         (loss / self._accumulate).backward()
@@ -481,27 +482,59 @@ def looped(folder: str, steps: int, changes: dict[str, Any]) -> list[dict[str, i
     """Where the host would wait in each step of the training loop, with a generator and a discriminator."""
     import small
 
-    device, waits = Pretended(), list[dict[str, int]]()
     config = TrainConfig(**nested(small.SETTINGS | {"steps": steps + 1, "checkpoint_every": 1000} | changes))
+    batches = iter(small.Rows(config.batch))
+    return _steps(folder, config, steps, lambda: (small.objective(starts=0), lambda: next(batches)))
 
-    class Rows(small.Rows):
+
+def stepped(folder: str, name: str) -> dict[str, int]:
+    """Where the host would wait in a step of a family's own training, with a tiny model."""
+    import trainings
+
+    if name == "backbone":
+        # so large that no values are computed beside, for which a GPU's attention has no kernel
+        source = trainings.of_another_library(Path(folder), {"rank": 4}, batch=32, ema_half_lives=[10.0])
+    else:
+        source = trainings.source(Path(folder), trainings.TRAININGS[name], ema_half_lives=[10.0])
+
+    def made() -> Any:
+        largest = source.stage.largest(source.config, source.inputs, source.config.batch)
+        _to_device(*largest.beside)
+        return largest.objective, lambda: largest.batch
+
+    return _steps(folder, source.config, 1, made)[0]
+
+
+def _steps(folder: str, config: Any, steps: int, made: Callable[[], Any]) -> list[dict[str, int]]:
+    """Where the host would wait in each step of the loop.
+
+    made   within a trace: an objective, and what gives its batches
+    """
+    device, waits = Pretended(), list[dict[str, int]]()
+
+    class Stream:
+        def __init__(self, batch: Callable[[], Any]) -> None:
+            self._batch = batch
+
         def __iter__(self) -> Any:
-            for number, batch in enumerate(super().__iter__()):
+            for number in range(steps * config.accumulate + 1):
                 if number % config.accumulate == 0:
                     waits.append(dict(device.waits))
                     device.waits.clear()
                 if number == steps * config.accumulate:
                     raise _Done
-                yield batch
+                yield self._batch()
 
     def engines_of(modules: Any, *_: Any) -> dict[str, Any]:
         return {name: _Engine(module, config) for name, module in modules.items()}
 
     engines.engines_of = engines_of  # type: ignore[assignment]
     with fit._alone(), device, suppress(_Done):
-        objective = small.objective(starts=0)
-        _to_device(*objective.modules.values())
-        loop.train(objective, Rows(config.batch), config, Path(folder))
+        objective, batch = made()
+        modules = objective.modules.values()
+        _to_device(*modules)
+        device.watch(*modules)
+        loop.train(objective, cast(Any, Stream(batch)), config, Path(folder))
     return waits[1:]
 
 

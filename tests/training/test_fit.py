@@ -45,6 +45,7 @@ def test_so_it_is_of_every_family(tmp_path: Path, group: None, name: str) -> Non
         {"model": {"preset": "latte_tiny", "activation_checkpointing": True}, "batch": 16},
         {"freeze": ["layers"]},
         {"model": {"preset": "latte_s"}, "optimizer": "muon"},
+        {"ema_half_lives": [5.0, 50.0]},
         {"model": {"preset": "latte_s"}, "zero_stage": 2, "precision": "bf16"},
         {"model": {"preset": "latte_s"}, "zero_stage": 1},
         {"model": {"preset": "latte_s"}, "zero_stage": 2},
@@ -86,6 +87,21 @@ def test_a_process_grows_by_what_a_plan_tells(tmp_path: Path) -> None:
     assert 0.95 < grown / measured.planned(found) < 1.5
 
 
+def full_size(folder: Path, training: dict[str, Any]) -> fit.Source:
+    """A training of videos and latents of 256x256 or more."""
+    shards = SHARDS | {"clip": {"short_side": 512, "fps": 24, "max_seconds": 60}}
+    latents = {"size": [256, 256]}
+    path = folder / "r.yaml"
+    stages = BEFORE | {
+        "shards": shards,
+        "latents": LATENTS | latents,
+        "low": LOW | latents,
+        "training": COMMON | training,
+    }
+    path.write_text(yaml.safe_dump({"name": "r", "workspace": str(folder / "ws"), "stages": stages}))
+    return measured.source_of(str(path), "training")
+
+
 @pytest.mark.parametrize(
     "training",
     [
@@ -96,17 +112,7 @@ def test_a_process_grows_by_what_a_plan_tells(tmp_path: Path) -> None:
     ids=lambda training: str(training["model"]["preset"]),
 )
 def test_a_full_size_is_told_without_its_memory(tmp_path: Path, training: dict[str, Any]) -> None:
-    shards = SHARDS | {"clip": {"short_side": 512, "fps": 24, "max_seconds": 60}}
-    latents = {"size": [256, 256]}
-    path = tmp_path / "r.yaml"
-    stages = BEFORE | {
-        "shards": shards,
-        "latents": LATENTS | latents,
-        "low": LOW | latents,
-        "training": COMMON | training,
-    }
-    path.write_text(yaml.safe_dump({"name": "r", "workspace": str(tmp_path / "ws"), "stages": stages}))
-    found = measured.source_of(str(path), "training")
+    found = full_size(tmp_path, training)
     before = measured.resident()
     told = remedies.Planned(found.stage, found.config, found.inputs).fit()
     assert measured.resident() - before < 300 << 20 < told.weights < told.total
@@ -171,6 +177,31 @@ def test_a_pass_of_fewer_tokens_is_named_down_to_one_window(tmp_path: Path) -> N
     whole = planned.fit().total
     assert (told := planned.remedy(0.9 * whole)) and told.changes == ("max_tokens: 65",)
     assert planned.remedy(0.001 * whole) is None
+
+
+# all that one device can do is done already
+DONE: dict[str, Any] = {"zero_stage": 2, "offload": "optimizer", "offload_activations": True}
+
+
+@pytest.mark.soak
+def test_a_window_that_fits_on_no_device_is_shared(tmp_path: Path) -> None:
+    model = {"preset": "latte_xl", "activation_checkpointing": True}
+    found = full_size(tmp_path, LATTE | DONE | {"model": model, "frames": 513, "batch": 1, "precision": "bf16"})
+    planned = remedies.Planned(found.stage, found.config, found.inputs)
+    whole = planned.fit()
+    told = planned.remedy(0.8 * whole.total)
+    assert told and told.fit.total <= 0.8 * whole.total
+    assert told.fit.activations < 0.6 * whole.activations
+    assert told.changes == ("run.launcher.by: torchrun", "run.launcher.processes: 2", "run.launcher.sequence: 2")
+
+
+@pytest.mark.slow
+def test_processes_that_are_there_share_a_window_in_more_passes(tmp_path: Path) -> None:
+    run = {"launcher": {"by": "torchrun", "processes": 8}}
+    again = SHALLOW | {"activation_checkpointing": True}
+    assert remedy(tmp_path, 0.8, **DONE, model=again, batch=8, run=run) == ("run.launcher.sequence: 2", "accumulate: 2")
+    # one head is not shared
+    assert remedy(tmp_path, 0.8, **DONE, model=again | {"heads": 1}, batch=8, run=run) is None
 
 
 @pytest.mark.slow

@@ -55,12 +55,16 @@ def test_what_is_not_finite_leaves_weights_and_averages_alone(
     assert found == {"step": 3, "what": f"{what} of generator", "keys": ["2-0", "2-1", "2-2", "2-3"]}
 
 
+FUSED = [(0, "fp32", 0.0), (0, "fp32", 1.0), (0, "bf16", 1.0), (1, "fp32", 1.0), (1, "bf16", 0.0), (2, "bf16", 1.0)]
+
+
 @KINDS
-@pytest.mark.parametrize("clip", [0.0, 1.0])
+@pytest.mark.parametrize(("zero_stage", "precision", "clip"), FUSED)
 def test_a_fused_update_that_is_left_out_is_as_if_it_had_never_been(
-    tmp_path: Path, group: None, kind: str, clip: float
+    tmp_path: Path, group: None, kind: str, zero_stage: int, precision: str, clip: float
 ) -> None:
     settings = {"fused_optimizer": True, "gradient_clip": clip, "warmup_steps": 0, "schedule": "constant"}
+    settings |= {"zero_stage": zero_stage, "precision": precision}
     log, found = small.Log(), list[Any]()
     for steps, faults in ((2, {}), (3, {"fault": fault(kind, 3)})):
         engines_of, caught = engines.engines_of, list[Any]()
@@ -80,6 +84,32 @@ def test_a_fused_update_that_is_left_out_is_as_if_it_had_never_been(
     assert log.rows[-1][1]["updates_left_out"] == 1
     weights = [small.weights(tmp_path / kind / str(steps)) for steps in (2, 3)]
     assert small.same(*weights)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+def test_what_is_not_finite_on_one_rank_leaves_a_fused_update_out_on_both(
+    tmp_path: Path, pair: Any, zero_stage: int
+) -> None:
+    settings = {"fused_optimizer": True, "precision": "bf16", "zero_stage": zero_stage, "skip_nonfinite": 1}
+    settings |= {"steps": 3, "checkpoint_every": 1, "keep_checkpoints": 9}
+    said = pair.work(tmp_path, {"fault": fault("gradient", 2, rank=1)}, **settings)
+    assert not any("error" in each for each in said), said[0].get("message")
+    assert small.same(small.weights(tmp_path, step=1), small.weights(tmp_path, step=2))
+    assert not small.same(small.weights(tmp_path, step=2), small.weights(tmp_path, step=3))
+    assert all(v.isfinite().all() for v in small.weights(tmp_path).values())
+    assert {p.name for p in tmp_path.glob("nonfinite-*")} == {"nonfinite-0.json", "nonfinite-1.json"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+def test_fused_updates_of_two_ranks_are_those_that_are_not_fused(tmp_path: Path, pair: Any, zero_stage: int) -> None:
+    settings = {"precision": "bf16", "zero_stage": zero_stage, "gradient_clip": 0.05, "steps": 3}
+    said = [pair.work(tmp_path / str(on), fused_optimizer=on, **settings) for on in (False, True)]
+    norms = [[[values["gradient_norm_generator"] for _, values in each["log"]] for each in ranks] for ranks in said]
+    assert norms[1][0] == norms[1][1] and min(norms[0][0]) > 0.05
+    assert norms[1][0] == pytest.approx(norms[0][0], rel=0.01)
+    assert small.close(*(small.weights(tmp_path / str(on)) for on in (False, True)), atol=1e-3)
 
 
 @KINDS

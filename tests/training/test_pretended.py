@@ -234,21 +234,39 @@ def test_a_family_without_a_solver_waits_a_few_times_a_chunk(machine: Machine, n
     assert all(shape[0] == 1 for shape in made.shapes)
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("fused", [None, False])
 def test_a_step_of_the_loop_waits_once_and_once_for_an_update_that_is_not_fused(
-    machine: Machine, tmp_path: Path, fused: bool
+    machine: Machine, tmp_path: Path, fused: bool | None
 ) -> None:
     changes = {"log_every": 3, "ema_half_lives": [10.0], "accumulate": 2, "fused_optimizer": fused}
     waits = machine.process.run(pretended.looped, str(tmp_path), 6, changes)
     # two engines, of which each decides whether its weights change
-    updates, asked = {} if fused else {"_finish_gradients": 2}, "ask_ranks"
+    updates, asked = {"finish_gradients": 2} if fused is False else {}, "ask_ranks"
     for number, places in enumerate(waits, 1):
-        counts = {place.rpartition(" ")[2]: count for place, count in places.items()}
+        counts = _by_function(places)
         if number % 3:
             assert counts == updates | {asked: 1}, places
         else:
             # figures are logged: leaps of all ranks, and all metrics, norms of each engine's children too, in one copy
             assert counts == updates | {asked: 2, "_totals": 1}, places
+
+
+def _by_function(places: dict[str, int]) -> dict[str, int]:
+    return {place.rpartition(" ")[2]: count for place, count in places.items()}
+
+
+STEPPED = [
+    "latte",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("memory", "prior", "tats", "vqgan", "encgan3")),
+    pytest.param("vae_against_a_discriminator", marks=pytest.mark.slow),
+    *(pytest.param(name, marks=pytest.mark.soak) for name in ("mavin", "backbone")),
+]
+
+
+@pytest.mark.parametrize("name", STEPPED)
+def test_a_step_of_a_family_waits_once(machine: Machine, tmp_path: Path, name: str) -> None:
+    waits = machine.process.run(pretended.stepped, str(tmp_path), name)
+    assert _by_function(waits) == {"ask_ranks": 1}, waits
 
 
 @pytest.mark.parametrize(

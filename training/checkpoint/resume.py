@@ -19,6 +19,7 @@ from longtake.training.engines import lora
 from longtake.training.engines.ema import label
 
 _UNIVERSAL = "universal"
+_OWN = ("weight_decay", "fused")  # of a group of parameters: as this training has it, not as the checkpoint had it
 
 
 def for_world(folder: Path, names: Sequence[str], zero_stage: int) -> bool:
@@ -75,18 +76,19 @@ def load(path: Path, engines: Mapping[str, Any], universal: bool = False) -> Non
     """Put a checkpoint's state into the engines. Raises Failure where it is damaged."""
     try:
         for name, engine in engines.items():
-            decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
+            groups = engine.optimizer.param_groups
+            own = [{key: group[key] for key in _OWN if key in group} for group in groups]
             loaded, _ = engine.load_checkpoint(str(path / _UNIVERSAL if universal else path), tag=_tag(path, name))
             if loaded is None:
                 raise FileNotFoundError(f"no state of {name}")
             # from a universal checkpoint ZeRO-3 gives all groups the first one's decay, and one tensor of steps to share
-            for group, decay in zip(engine.optimizer.param_groups, decays, strict=True):
-                group["weight_decay"] = decay
-            fused = engine.basic_optimizer.defaults.get("fused")
+            for group, kept in zip(engine.optimizer.param_groups, own, strict=True):
+                group.update(kept)
+            fused = any(kept.get("fused") for kept in own)
             for parameter, state in engine.basic_optimizer.state.items():
                 if "step" in state:
                     step = state["step"]
-                    state["step"] = step.to(parameter.device if fused else step.device, copy=True)
+                    state["step"] = step.to(parameter.device if fused else "cpu", copy=True)
     except torch.OutOfMemoryError:
         raise
     except Exception as e:  # whatever an unpickler makes of damaged bytes

@@ -2,11 +2,9 @@
 
 import gc
 import logging
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from longtake.training.engines import lora, muon
 from longtake.training.engines.group import device, process_group, store
 from longtake.training.engines.sequence import groups_of, place, pretend_to_share, share_windows
 from longtake.training.engines.shards import Fragment, fragments, gradient_norms, overwrite
+from longtake.training.engines.updates import finish, gradient_norm, left_out
 
 __all__ = [
     "Fragment",
@@ -66,7 +65,7 @@ def deepspeed_config(config: TrainConfig, world: int, universal: bool = False) -
         "train_batch_size": config.batch * shared,
         "train_micro_batch_size_per_gpu": config.batch // passes,
         "gradient_accumulation_steps": config.accumulate,
-        # plain fp32 is clipped by `_finish_gradients`
+        # plain fp32 is clipped by `finish`
         "gradient_clipping": 0.0 if config.zero_stage == 0 and config.precision == "fp32" else config.gradient_clip,
         # an update with a gradient that is not finite is left out, and the loop counts it
         "data_types": {"grad_accum_dtype": gradients},
@@ -143,6 +142,7 @@ def engines_of(
     if config.optimizer == "muon":
         muon.check_matrices(modules[lead])
     engines = {}
+    fused = config.fused(on_gpu=device().type != "cpu")
     for name, module in modules.items():
         own = (settings or {}).get(name, config)
         wide = _kept_in_fp32(module, config)
@@ -151,9 +151,7 @@ def engines_of(
         if not groups:
             raise UserError(f"freeze: nothing is left to learn in {name}")
         make = muon.Muon if matrices else torch.optim.AdamW
-        optimizer: torch.optim.Optimizer = make(
-            groups, lr=own.lr, betas=own.betas, fused=config.fused_optimizer or None
-        )
+        optimizer: torch.optim.Optimizer = make(groups, lr=own.lr, betas=own.betas, fused=fused or None)
         # DeepSpeed allocates buckets for gradients of their full size: no larger than what learns
         learning = sum(p.numel() for group in groups for p in group["params"])
         zero = deepspeed_settings["zero_optimization"] | {"reduce_bucket_size": min(_MOST_REDUCED, learning)}
@@ -175,8 +173,7 @@ def engines_of(
             engine.enable_backward_allreduce = False
         if config.zero_stage == 0 and config.precision != config.gradient_precision:
             _sum_in_fp32(engine)
-        if _is_plain_fp32(engine):
-            optimizer.register_step_pre_hook(partial(_finish_gradients, config.gradient_clip))
+        finish(engine, config.gradient_clip)
         engines[name] = engine
     return engines
 
@@ -265,44 +262,6 @@ def _fill_states(engine: Any) -> None:
         # a fused kernel reads it on the device
         step = torch.tensor(0.0, device=p.device if optimizer.defaults["fused"] else "cpu")
         optimizer.state[p] = {"step": step, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
-
-
-def _is_plain_fp32(engine: Any) -> bool:
-    """Whether the engine's parameters are the fp32 weights themselves, whole on every rank."""
-    return engine.zero_optimization_stage() == 0 and not engine.bfloat16_enabled()
-
-
-def _finish_gradients(clip: float, optimizer: Any, *_: Any) -> None:
-    """Clip, and skip the update where a gradient is not finite, as DeepSpeed does itself at all other stages."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-    if optimizer.defaults.get("fused"):
-        # its kernel leaves the update out by itself, and nothing waits for the device
-        optimizer.norm, optimizer.left_out = norm, ~norm.isfinite()
-        optimizer.found_inf = optimizer.left_out.float()
-        if clip:
-            torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
-        return
-    # the host waits here for the device, once an update: it decides whether weights change
-    optimizer.norm = float(norm)
-    optimizer.left_out = not math.isfinite(optimizer.norm)
-    if optimizer.left_out:
-        for parameter in parameters:
-            parameter.grad = None
-    elif clip:
-        torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
-
-
-def left_out(engine: Any) -> Tensor | bool:
-    """Whether the last update was left out, on all ranks, because a gradient was not finite; to read it may wait."""
-    found: Tensor | bool = engine.optimizer.left_out if _is_plain_fp32(engine) else engine.optimizer.overflow
-    return found
-
-
-def gradient_norm(engine: Any) -> Tensor | float:
-    """Global norm of the gradients of the update just made, before clipping; to read it may wait for the device."""
-    norm: Tensor | float = engine.optimizer.norm if _is_plain_fp32(engine) else engine.get_global_grad_norm()
-    return norm
 
 
 def set_lr(engine: Any, lr: float) -> None:

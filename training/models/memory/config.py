@@ -127,6 +127,7 @@ class MemoryConfig(TrainConfig):
 
     def decisive(self, settings: dict[str, Any]) -> dict[str, Any]:
         """As of recipes before `shift` could be null, which left it out for 1."""
+        settings = super().decisive(settings)
         if self.shift is None:
             return settings | {"shift": 1.0}
         # a base may ask for another than 1
