@@ -25,6 +25,7 @@ GOOD: dict[str, Any] = {
             "dataset": "shards",
             "view": "view",
             "model": {"preset": "pv_vae_tiny"},
+            "sizes": [[64, 64]],
             "frames": 9,
             "sizes": [[64, 64]],
         },
@@ -359,7 +360,13 @@ def test_an_observer_on_a_gpu_that_is_not_there_is_refused_before_the_first_stag
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    vae = {"kind": "pretrain_vae", "dataset": "shards", "model": {"preset": "pv_vae_tiny"}, "run": {"observer": "cuda:9"}}
+    vae = {
+        "kind": "pretrain_vae",
+        "dataset": "shards",
+        "model": {"preset": "pv_vae_tiny"},
+        "sizes": [[64, 64]],
+        "run": {"observer": "cuda:9"},
+    }
     stages = {"shards": {"kind": "shard", "sources": [str(tmp_path)]}, "vae": vae}
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump({"name": "r", "workspace": str(tmp_path / "ws"), "stages": stages}))
@@ -372,7 +379,10 @@ def test_an_observer_on_a_gpu_that_is_not_there_is_refused_before_the_first_stag
     ("changes", "says"),
     [
         ({"run": {"observer": "gpu"}}, "'gpu' is no device; give cpu or a GPU by its number, such as cuda:7"),
-        ({"recompute": 1.5, "parent": "models:/a/1"}, "1.5 is no share of blocks; give true, false, or a number from 0 to 1"),
+        (
+            {"recompute": 1.5, "parent": "models:/a/1"},
+            "1.5 is no share of blocks; give true, false, or a number from 0 to 1",
+        ),
     ],
 )
 def test_a_setting_of_two_kinds_says_what_it_takes(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
@@ -380,5 +390,5 @@ def test_a_setting_of_two_kinds_says_what_it_takes(tmp_path: Path, changes: dict
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump({"name": "r", "workspace": str(tmp_path / "ws"), "stages": stages}))
     with pytest.raises(UserError) as raised:
-        load(str(path))
+        graph.build(recipe.load(str(path), ()))
     assert says in str(raised.value)
