@@ -25,7 +25,6 @@ GOOD: dict[str, Any] = {
             "dataset": "shards",
             "view": "view",
             "model": {"preset": "pv_vae_tiny"},
-            "sizes": [[64, 64]],
             "frames": 9,
             "sizes": [[64, 64]],
         },
@@ -354,10 +353,6 @@ def test_another_name_runs_again_but_goes_on_in_the_same_place(tmp_path: Path) -
 def test_an_observer_on_a_gpu_that_is_not_there_is_refused_before_the_first_stage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dry: bool
 ) -> None:
-    from click.testing import CliRunner
-
-    from longtake.infra.cli.recipe import run
-
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     vae = {
@@ -367,11 +362,15 @@ def test_an_observer_on_a_gpu_that_is_not_there_is_refused_before_the_first_stag
         "sizes": [[64, 64]],
         "run": {"observer": "cuda:9"},
     }
-    stages = {"shards": {"kind": "shard", "sources": [str(tmp_path)]}, "vae": vae}
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "a.mp4").write_bytes(b"a video")
+    stages = {"shards": {"kind": "shard", "sources": [str(tmp_path / "videos")]}, "vae": vae}
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump({"name": "r", "workspace": str(tmp_path / "ws"), "stages": stages}))
     with pytest.raises(UserError, match=r"stage vae: run\.observer: cuda:9, but this machine has 0 GPUs"):
-        CliRunner().invoke(run, [str(path), *(["--dry-run"] if dry else [])], catch_exceptions=False)
+        CliRunner().invoke(
+            cli, ["run", str(path), *(["--dry-run"] if dry else [])], catch_exceptions=False, standalone_mode=False
+        )
     assert not (tmp_path / "ws" / "shards").exists()
 
 

@@ -91,7 +91,7 @@ def output(s3: Any, undisturbed: dict[str, str]) -> Iterator[str]:
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("kills", [4, pytest.param(30, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.soak)])
 def test_kills_on_a_failing_store_lose_double_and_tear_nothing(
     s3: Any,
     output: str,
