@@ -34,9 +34,6 @@ def plan(recipe: Recipe, nodes: list[Node], store: Runs, choice: Choice) -> dict
     """For each chosen stage, whether it runs (True) or its finished run is reused (False).
 
     A finished stage whose product is gone is reported in a line.
-
-    Raises:
-        UserError: a stage that runs names a GPU for its observer that is not here.
     """
     for name in (choice.start, choice.only):
         if name is not None:
@@ -49,7 +46,6 @@ def plan(recipe: Recipe, nodes: list[Node], store: Runs, choice: Choice) -> dict
         todo[node.name] = choice.force or node.name in forced or run is None
         if loss:
             print(f"{node.name}: {shown(loss)}; it is made again from what there is", file=sys.stderr)
-    check_observers([node for node in chosen if todo[node.name]])
     return todo
 
 
@@ -93,6 +89,7 @@ def run(recipe: Recipe, choice: Choice, say: Callable[[str], None]) -> Path | No
     nodes = graph.build(recipe)
     store = runs.connect(recipe)
     todo = plan(recipe, nodes, store, choice)
+    check_observers([node for node in nodes if todo.get(node.name)])
 
     # nothing to do, and the report is of exactly these stages
     whole = graph.whole_fingerprint([n for n in nodes if n.name in todo])

@@ -76,9 +76,9 @@ def test_a_part_that_hangs_ends_with_all_it_has_started_and_the_others_go_on_whi
     now = 0.0
     monkeypatch.setattr(script, "time", SimpleNamespace(monotonic=lambda: now))
     names = ("good", "hangs", "good", "hangs", "good")
-    results = script.results(names, tmp_path, True, 2.0, 240.0, hanging.work)
+    results = script.results(names, tmp_path, True, 8.0, 240.0, hanging.work)
     found = [next(results) for _ in range(3)]
-    assert found == [("good", {"of": "good"}), ("hangs", {"error": "took more than 2 s"}), ("good", {"of": "good"})]
+    assert found == [("good", {"of": "good"}), ("hangs", {"error": "took more than 8 s"}), ("good", {"of": "good"})]
     assert _ended(begun := _begun(tmp_path)) and len(begun) == 2
     # the part that runs has no result, and none comes after it
     now = 238.5

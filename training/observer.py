@@ -29,6 +29,7 @@ from longtake.datasets import environment, storage
 from longtake.datasets.errors import Failure, UserError
 from longtake.training import checkpoint, tracker
 from longtake.training.asides import heldout, show_samples
+from longtake.training.checkpoint import upload
 from longtake.training.checkpoint.folder import step_of
 from longtake.training.config import LaunchConfig, TrainConfig
 from longtake.training.engines import device, lora, process_group
@@ -56,20 +57,26 @@ def beside(module: str, config: TrainConfig, inputs: Mapping[str, str], folder: 
         UserError: the device is not there, or a process of the training has it.
     """
     if config.run.observer is None:
+        # a later attempt's makes up for nothing of this one
+        _record(folder).unlink(missing_ok=True)
         yield
-        return
-    check_device(config)
-    _settle(folder)
-    keeper = _Keeper(Job.of(module, config, inputs, folder), config, _environment(config))
-    keeper.start()
-    try:
-        yield
-        keeper.finish()
-    finally:
-        keeper.stop()
-    # what one that gave up, or was stopped before, has made and not sent
-    with tracker.connect(folder / _FOLDER, system_metrics=False):
-        pass
+    else:
+        check_device(config)
+        if config.run.upload:
+            upload.fetch_alone(folder, config.run.upload)
+        _settle(folder)
+        keeper = _Keeper(Job.of(module, config, inputs, folder), config, _environment(config))
+        keeper.start()
+        try:
+            yield
+            keeper.finish()
+        finally:
+            keeper.stop()
+
+    # what an observer that gave up, or was stopped before, has made and not sent
+    if any(folder.glob(f"{_FOLDER}/tracking/*")):
+        with tracker.connect(folder / _FOLDER, system_metrics=False):
+            pass
 
 
 def check_device(config: TrainConfig) -> None:
@@ -205,29 +212,26 @@ def observe(job: Job, finish: threading.Event) -> None:
                     # apart, as in training: added to bf16 weights, small changes would be lost
                     lora.attach(objective.modules[objective.lead], config.lora)
             while objective and (path := _next(folder)):
-                late += _left_out(config, step_of(path), _last(folder))
                 # what was due of a checkpoint that is removed meanwhile is due of the next one
                 with _unless_removed(path):
                     _observe(objective, config, path, _last(folder), log)
+                    late += _left_out(objective, config, step_of(path), _last(folder))
                     _note(folder, step_of(path))
             if not ended:
                 finish.wait(_EVERY)
     if late:
         print(
-            f"warning: the observer was too slow for {late} samples and held-out losses, whose checkpoints were gone; raise"
-            " keep_checkpoints, checkpoint_every, or their own steps",
+            f"warning: {late} samples and held-out losses were due at steps whose checkpoints the observer did not find; raise"
+            " keep_checkpoints if it is too slow, and let checkpoint_every divide sample_every and heldout_every",
             file=sys.stderr,
             flush=True,
         )
 
 
-def _left_out(config: TrainConfig, step: int, before: int) -> int:
+def _left_out(objective: Objective, config: TrainConfig, step: int, before: int) -> int:
     """How many samples and held-out losses were due between two steps, but for the later one's own."""
-    return sum(
-        max(0, step // every - before // every - 1)
-        for every in (config.run.sample_every, config.run.heldout_every)
-        if every
-    )
+    every = (config.run.sample_every if objective.sample else 0, config.run.heldout_every)
+    return sum(max(0, step // each - before // each - 1) for each in every if each)
 
 
 def _observe(objective: Objective, config: TrainConfig, path: Path, before: int, log: Tracker) -> None:

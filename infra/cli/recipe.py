@@ -61,6 +61,7 @@ def run(
     if dry_run:
         nodes = graphs.build(loaded)
         todo = runner.plan(loaded, nodes, runs.connect(loaded), choice)
+        runner.check_observers([node for node in nodes if todo.get(node.name)])
         for name, needed in todo.items():
             click.echo(f"{name}: {'would run' if needed else 'would be reused'}")
         for node in nodes:

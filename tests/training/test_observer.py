@@ -183,6 +183,21 @@ def test_it_begins_where_the_training_does(copy: Path, latest: int | None, obser
     with pytest.raises(KeyError), observer.beside(pretrain.__name__, config(), {}, copy):
         raise KeyError("the training fails at once")
     assert json.loads(record.read_bytes())["step"] == begins
+    with observer.beside(pretrain.__name__, config(observer=None), {}, copy):
+        pass
+    assert not record.exists()
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_checkpoint_that_is_fetched_is_not_observed_again(copy: Path, tmp_path: Path, there: bool) -> None:
+    far, folder = tmp_path / "far", tmp_path / "new"
+    far.mkdir()
+    if there:
+        shutil.copytree(copy / "step-00000003", far / "step-00000003")
+        (far / "latest").write_text("step-00000003")
+    with pytest.raises(KeyError), observer.beside(pretrain.__name__, config(upload=str(far)), {}, folder):
+        raise KeyError("the training fails at once")
+    assert json.loads((folder / "observer" / "observed.json").read_bytes())["step"] == (3 if there else 0)
 
 
 def test_a_checkpoint_that_is_removed_meanwhile_is_left_out(
@@ -198,7 +213,7 @@ def test_a_checkpoint_that_is_removed_meanwhile_is_left_out(
     monkeypatch.setattr(checkpoint, "Weights", removed)
     observe(copy, dataset, sample_every=0, heldout_every=1)
     assert run.steps() == {1, 3, 4}
-    assert "too slow for 1 samples and held-out losses" in capfd.readouterr().err
+    assert "warning: 1 samples and held-out losses were due" in capfd.readouterr().err
 
 
 def test_what_is_due_of_a_checkpoint_that_is_removed_meanwhile_is_made_of_the_next(

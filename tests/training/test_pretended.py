@@ -106,18 +106,18 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "latte": Size({"model": XL}, 3.508, 3207, 2570),
-    "latte_told": Size({"model": XL + 153_496_640}, 4.206, 4222, 3156),
-    "tats": Size({"model": 336_917_504}, 2.319, 1738, 1285),
+    "latte": Size({"model": XL}, 3.508, 3207, 10.4),
+    "latte_told": Size({"model": XL + 153_496_640}, 4.206, 4222, 10.4),
+    "tats": Size({"model": 336_917_504}, 2.319, 1738, 0),
     "vae": Size({"generator": 675_758_508, "discriminator": PATCHGAN}, 44.99, 9730, 7.1),
     # it is taught to predict, by a token of 16 channels
     "vae_of_wan": Size({"generator": WAN_VAE + 16, "discriminator": PATCHGAN}, 46.30, 34_241, 0),
     "vqgan": Size({"generator": 23_649_027, "discriminator": 2 * PATCHGAN}, 2.520, 2111, 0.4),
-    "sound": Size({"model": 23_643_841}, 0.1577, 139.8, 90.2),
+    "sound": Size({"model": 23_643_841}, 0.1577, 139.8, 0.4),
     "memory": Size({"model": XL + ENCODER}, 7.247, 5772, 10.4),
     "prior": Size({"model": XL + ENCODER}, 12.16, 8612, 10.4),
     "encgan3": Size({"generator": 32_544_604, "discriminator": 11_118_274}, 0.3984, 1129, 0),
-    "mavin": Size({"model": 1_411_681_920}, 20.16, 5633, 5385),
+    "mavin": Size({"model": 1_411_681_920}, 20.16, 5633, 5059),
     "mavin_dit": Size({"model": XL + 1_624_320}, 28.32, 12_029, 0),
     "wan": Size({"model": WAN}, 874.2, 157_203, 1.3, WAN_LORA),
     "ltx": Size({"model": 1_923_385_472}, 72.75, 30_353, 1.2, 47_710_208),

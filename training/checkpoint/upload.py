@@ -104,14 +104,23 @@ def _latest(url: str) -> str | None:
 def fetch(folder: Path, url: str) -> None:
     """Get the latest checkpoint that was uploaded to `url` where there is none here. Every rank must call it."""
     errors = [""]
-    if torch.distributed.get_rank() == 0 and not (folder / "latest").exists():
+    if torch.distributed.get_rank() == 0:
         try:
-            _download(folder, url)
-        except Exception as e:  # whatever a store's client raises: the other ranks wait
-            errors = [f"{shown(url)}: could not be fetched ({_line(e)})"]
+            fetch_alone(folder, url)
+        except Failure as e:  # the other ranks wait
+            errors = [str(e)]
     torch.distributed.broadcast_object_list(errors, src=0)
     if errors[0]:
         raise Failure(errors[0])
+
+
+def fetch_alone(folder: Path, url: str) -> None:
+    """`fetch` of one process, before there are ranks."""
+    if not (folder / "latest").exists():
+        try:
+            _download(folder, url)
+        except Exception as e:  # whatever a store's client raises
+            raise Failure(f"{shown(url)}: could not be fetched ({_line(e)})") from e
 
 
 def _download(folder: Path, url: str) -> None:
