@@ -11,21 +11,23 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BeforeValidator
+from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-def _ends(share: object) -> bool | float:
-    if not isinstance(share, bool | int | float) or not 0 <= share <= 1:
-        raise ValueError(f"{share!r} is no share of blocks; give true, false, or a number from 0 to 1")
+def _ends(given: object, read: ValidatorFunctionWrapHandler) -> bool | float:
+    try:
+        share: bool | float = read(given)
+    except ValidationError as e:
+        raise ValueError(f"{given!r} is no share of blocks; give true, false, or a number from 0 to 1") from e
     # one way to write all and none, in config.json and in what decides a stage's result
-    return bool(share) if share in (0, 1) else float(share)
+    return bool(share) if share in (0, 1) else share
 
 
 # of blocks: true is all, false none
-Share = Annotated[bool | float, BeforeValidator(_ends)]
+Share = Annotated[bool | Annotated[float, Field(ge=0, le=1)], WrapValidator(_ends)]
 
 
 def chosen(share: bool | float, number: int, count: int) -> bool:
