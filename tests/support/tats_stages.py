@@ -19,6 +19,21 @@ from longtake.training.registry import disk
 EVERY = 2
 FRAMES = 12  # of a window, 3 latent frames: all that clips have
 TINY: dict[str, Any] = {"preset": "tats_tiny", "depth": 2, "width": 16, "heads": 2}
+VQGAN_TINY: dict[str, Any] = {
+    "kind": "pretrain_vqgan",
+    "dataset": "dataset",
+    "model": {"preset": "vqgan_tiny", "width": 4, "codes": 32, "code_width": 8},
+    "discriminator": {"preset": "patchgan_tiny", "width": 4, "groups": 2},
+    "frames": 8,
+    "size": (16, 16),
+    "warm_steps": 1,
+    "gan_start": 2,
+    "steps": 4,
+    "batch": 2,
+    "lr": 1e-3,
+    "workers": 0,
+    "log_every": 1,
+}
 
 
 def vqgan() -> VQGAN:

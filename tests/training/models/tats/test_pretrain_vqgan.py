@@ -15,6 +15,7 @@ import torch
 from flat import nested
 from latent_stages import fit
 from pydantic import ValidationError
+from tats_stages import VQGAN_TINY
 from torch import Tensor, nn
 
 from longtake.datasets import clip
@@ -33,20 +34,7 @@ from longtake.training.registry.gate import Window
 
 pytestmark = pytest.mark.usefixtures("one_thread", "group")
 
-QUICK: dict[str, Any] = {
-    "kind": "pretrain_vqgan",
-    "dataset": "dataset",
-    "model": {"preset": "vqgan_tiny", "width": 4, "codes": 32, "code_width": 8},
-    "discriminator": {"preset": "patchgan_tiny", "width": 4, "groups": 2},
-    "frames": 8,
-    "size": (16, 16),
-    "warm_steps": 1,
-    "gan_start": 2,
-    "steps": 4,
-    "batch": 2,
-    "lr": 1e-3,
-    "workers": 0,
-    "log_every": 1,
+QUICK: dict[str, Any] = VQGAN_TINY | {
     "checkpoint_every": 2,
     "sample_every": 4,
     "heldout_every": 4,
