@@ -308,13 +308,19 @@ def sweep(folder: str) -> int:
 
 
 def alive(pid: str) -> bool:
-    """Whether a process of this machine is running."""
+    """Whether a process of this machine is running. One that has ended is not, though nobody has waited for it yet."""
+    # imported here: most commands sweep nothing
+    import psutil
+
     try:
         os.kill(int(pid), 0)
-    except (ProcessLookupError, ValueError):
+    except (ProcessLookupError, ValueError, OverflowError):
         return False
     except PermissionError:
         pass
+    # in a container whose first process waits for nobody, the dead stay as zombies
+    with contextlib.suppress(psutil.Error):
+        return bool(psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE)
     return True
 
 

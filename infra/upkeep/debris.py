@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import psutil
-
 from longtake.datasets import storage
 from longtake.datasets.errors import Failure, UserError
 from longtake.infra.recipe import Recipe
@@ -80,7 +78,7 @@ def _spools(root: Path, older: float, deep: bool) -> Finds:
             age = age_of(str(path))
             if match := SPOOL.fullmatch(name):
                 foreign = match["host"] != socket.gethostname()
-                if not foreign and psutil.pid_exists(int(match["pid"])):
+                if not foreign and storage.alive(match["pid"]):
                     continue
                 if age > max(older, _FOREIGN_SECONDS if foreign else 0):
                     reason = f"left by process {match['pid']} of {match['host']}, {_ago(age)}"

@@ -42,6 +42,24 @@ def test_sweep_removes_what_the_dead_left_and_spares_the_living(tmp_path: Path) 
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
 
 
+def test_sweep_removes_what_a_zombie_left_and_what_bears_no_number_of_a_process(tmp_path: Path) -> None:
+    script = (
+        "import sys; from longtake.datasets import storage\n"
+        "with storage.staged(sys.argv[1] + '/x') as p: p.write_bytes(b'1'); print(p.name, flush=True); input()"
+    )
+    command = [sys.executable, "-P", "-c", script, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout
+        name = writer.stdout.readline().strip()
+        (tmp_path / name.replace(f"@{writer.pid}~", f"@{10**30}~")).touch()
+        assert storage.sweep(str(tmp_path)) == 1
+        writer.kill()
+        # ended, but not waited for
+        os.waitid(os.P_PID, writer.pid, os.WEXITED | os.WNOWAIT)
+        assert storage.sweep(str(tmp_path)) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_full_disk_is_one_line_with_the_file_and_the_way_on() -> None:
     with (
         pytest.raises(Failure, match=r"/data/x\.tar: No space left.*free some space"),
