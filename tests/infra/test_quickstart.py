@@ -181,14 +181,9 @@ def _marker(folder: Path, moment: str) -> bool:
     return len(list((folder / "runs" / "quickstart").glob(pattern))) >= count
 
 
-@pytest.mark.parametrize(
-    "moments",
-    [("training", "registering"), pytest.param(("sharding", "training", "registering"), marks=pytest.mark.soak)],
-)
-def test_killed_at_its_worst_moments_it_ends_the_same(
-    finished: Path, footage: Path, tmp_path: Path, moments: tuple[str, ...]
-) -> None:
-    for moment in moments:
+@pytest.mark.soak
+def test_killed_at_its_worst_moments_it_ends_the_same(finished: Path, footage: Path, tmp_path: Path) -> None:
+    for moment in ("sharding", "training", "registering"):
         child = start(tmp_path, footage, SHORT, subprocess.DEVNULL)
         deadline = time.time() + 200
         while not _marker(tmp_path, moment) and time.time() < deadline and child.poll() is None:

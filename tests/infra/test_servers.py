@@ -124,7 +124,7 @@ def test_each_setup_can_be_stopped_and_binds_to_this_machine_alone() -> None:
         assert start.splitlines()[0].count(":-") or start.splitlines()[1].count(":-"), "what may be chosen comes first"
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_training_outlives_the_sqlite_server_and_its_metrics_arrive_when_that_is_back(
     folder: Path, dataset: str
 ) -> None:

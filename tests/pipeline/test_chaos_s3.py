@@ -90,8 +90,8 @@ def output(s3: Any, undisturbed: dict[str, str]) -> Iterator[str]:
         fs.rm(path, recursive=True)
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.soak)])
 def test_kills_on_a_failing_store_lose_double_and_tear_nothing(
     s3: Any,
     output: str,
@@ -100,8 +100,8 @@ def test_kills_on_a_failing_store_lose_double_and_tear_nothing(
     victims: Callable[[int], list[psutil.Process]],
     hashes: Hashes,
     undisturbed: dict[str, str],
-    kills: int,
 ) -> None:
+    kills = 30
     chance = random.Random(3)
     workers = killed = 0
     fs, path = storage.filesystem(output)

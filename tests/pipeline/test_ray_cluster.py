@@ -33,6 +33,7 @@ def test_any_number_of_workers_makes_the_same_bytes(
     assert all(hashes(tmp_path / "1") == hashes(tmp_path / str(workers)) for workers in counts)
 
 
+@pytest.mark.soak
 def test_two_drivers_at_once_on_a_disk_make_one_dataset(
     drivers: Any, tiny_videos: Path, tiny: Tiny, hashes: Hashes, made_alone: Alone, tmp_path: Path
 ) -> None:
