@@ -39,7 +39,8 @@ def promote(name: str, candidate: str, path: str, evaluation: str | None, as_jso
       confidence: 0.95                # of each gain, over held-out sources
       least_sources: 8
 
-    Priors have the metric loss, and need latents: (and low_latents:, text:, pooled:) beside dataset:.
+    Priors have the metric loss, and need latents: (and low_latents:, text:, pooled:; a TATS tokens:, and audio_tokens:,
+    captions: where it has learned them) beside dataset:.
 
     With --evaluation the gate names any of its figures, and no dataset. Both versions must have been evaluated there:
 
@@ -88,20 +89,16 @@ def rollback(name: str) -> None:
 
 def read_gate(path: str, evaluation: str | None = None) -> tuple[Any, dict[str, str]]:
     """The gate of a file, and the inputs that the file names, or an evaluation in place of them. Raises UserError."""
-    from pydantic import ValidationError
+    from pydantic import ValidationError, create_model
 
     from longtake.datasets import storage
     from longtake.datasets.stage import StageConfig
     from longtake.infra import recipe, yaml_text
     from longtake.training.registry.gate import Gate
+    from longtake.training.registry.promote import COLUMNS
 
-    class GateFile(Gate):
-        dataset: str | None = None
-        view: str | None = None
-        latents: str | None = None
-        low_latents: str | None = None
-        text: str | None = None
-        pooled: str | None = None
+    names = ("dataset", "view", *COLUMNS)
+    GateFile: Any = create_model("GateFile", __base__=Gate, **dict.fromkeys(names, (str | None, None)))  # type: ignore[call-overload]
 
     try:
         content = yaml_text.parse(storage.read(path).decode("utf-8-sig"), path)
@@ -116,8 +113,7 @@ def read_gate(path: str, evaluation: str | None = None) -> tuple[Any, dict[str, 
     except ValidationError as e:
         model: type[StageConfig] = GateFile
         raise UserError(f"{path}: {recipe.first_line(e, 'gate', model)}") from e
-    named = set(GateFile.model_fields) - set(Gate.model_fields)
-    inputs = file.model_dump(include=named, exclude_none=True)
+    inputs = file.model_dump(include=set(names), exclude_none=True)
     if evaluation is None and "dataset" not in inputs:
         raise UserError(f"{path}: dataset: is missing; name the dataset to measure on, or give --evaluation")
     if evaluation is not None:

@@ -43,7 +43,8 @@ def rows_of(
     """The figures of both, by source and clip, on up to `gate.samples` clips of the val split.
 
     Args:
-        inputs: URIs `dataset` and, if any, `view`, `latents`, `low_latents`, `text`, `pooled`.
+        inputs: URIs `dataset` and, if any, `view`, `latents`, `low_latents`, `text`, `pooled`, `tokens`,
+            `audio_tokens`, `captions`.
 
     Raises:
         UserError: models that do not compare, or do not take the window; inputs that they need and do not have.

@@ -20,7 +20,7 @@ VERSION = 2
 PRODUCES = "model"
 
 _RECORD = "verdict.json"
-_COLUMNS = ("latents", "low_latents", "text", "pooled", "tokens", "audio_tokens", "captions")  # inputs
+COLUMNS = ("latents", "low_latents", "text", "pooled", "tokens", "audio_tokens", "captions")  # inputs
 
 
 class Config(StageConfig):
@@ -60,7 +60,7 @@ class Config(StageConfig):
     def _one(self) -> "Config":
         if (self.dataset is None) == (self.evaluation is None):
             raise ValueError("dataset: give it or an evaluation, one of them")
-        if self.evaluation is not None and (field := next((f for f in ("view", *_COLUMNS) if getattr(self, f)), None)):
+        if self.evaluation is not None and (field := next((f for f in ("view", *COLUMNS) if getattr(self, f)), None)):
             raise ValueError(f"{field}: the evaluation has its own clips; leave it out")
         return self
 
@@ -97,7 +97,7 @@ def check(config: Config, inputs: Mapping[str, StageConfig]) -> None:
         raise ValueError(
             f"evaluation: {config.evaluation} does not evaluate the candidate {config.candidate}; add it to its models"
         )
-    for field in _COLUMNS:
+    for field in COLUMNS:
         column: Any = inputs.get(field)
         if column is not None and column.dataset != config.dataset:
             raise ValueError(f"{field}: are of the dataset {column.dataset}, not of {config.dataset}")
@@ -133,7 +133,7 @@ def let_through(candidate: str, inputs: Mapping[str, str], gate: Gate, run_id: s
     verdict = _verdict(candidate, before, inputs, gate)
     decision = Decision(candidate, before, candidate if verdict.promoted else before or "", verdict)
     facts = {"candidate": candidate, "before": before, "verdict": _as_json(verdict), "line": decision.line()}
-    fields = ("evaluation", "dataset", "view", *_COLUMNS)
+    fields = ("evaluation", "dataset", "view", *COLUMNS)
     inside = {field: inputs[field] for field in fields if field in inputs}
     # before the move, so that a run that is killed after it finds its figures here
     aliases.log_json(run_id, _RECORD, facts | {"gate": gate.model_dump(mode="json"), "inputs": inside})
