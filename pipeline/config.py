@@ -86,6 +86,14 @@ class LimitsConfig(StageConfig):
     timeout_seconds: float = Field(1800, gt=0)
     memory_bytes: int = Field(6 << 30, gt=0)
 
+    def check_patience(self, stall_seconds: float) -> None:
+        """ValueError where work that takes no longer than it may would be said to stand still."""
+        if stall_seconds <= self.timeout_seconds:
+            raise ValueError(
+                f"run.stall_seconds {stall_seconds:g} must be more than limits.timeout_seconds"
+                f" {self.timeout_seconds:g}, which one source may take"
+            )
+
 
 class FrameDiffConfig(StageConfig):
     """The frame-difference column.

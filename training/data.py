@@ -54,6 +54,12 @@ def share_of(config: TrainConfig, rank: int, world: int) -> dict[str, Any]:
     return {"batch": batch, "rank": rank, "world": world, "seed": config.seed, "workers": config.run.workers}
 
 
+def clip_counts(clips: Loader, **left_out: int) -> dict[str, float]:
+    """Metrics of the train split: clips that are used, that are too short, and that lack what else is named."""
+    lacking = {f"train_clips_{name}": float(count) for name, count in left_out.items()}
+    return {"train_clips": float(clips.samples), "train_clips_too_short": float(clips.samples_short)} | lacking
+
+
 def on_device(batch: Batch) -> Batch:
     """A batch with its tensors on this rank's device."""
     return {name: value.to(device()) if isinstance(value, Tensor) else value for name, value in batch.items()}

@@ -16,6 +16,7 @@ from longtake.infra.report.runs import StageRun
 from longtake.infra.report.text import fill, value_at
 
 _VIDEO_BYTES = 4_000_000  # of a stage's videos in one page
+_UNMEASURED = "No distance to real videos was measured: the stage names no feature network in features."
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ LAYOUTS = {
                 "Distances by {distance[network]} ({distance[network_digest]:.12}), resize {distance[resize]}, of"
                 " {distance[videos_fake]} generated to {distance[videos_real]} {distance[split]} videos of"
                 " {distance[frames]} frames, {distance[width]}×{distance[height]}, seed {distance[seed]}.",
-                "No distance to real videos was measured: the stage names no feature network in features.",
+                _UNMEASURED,
             ),
             _CAREFUL,
         ),
@@ -123,7 +124,7 @@ LAYOUTS = {
                 "Distances by {distance[network]} ({distance[network_digest]:.12}), resize {distance[resize]}, of the first"
                 " {distance[frames]} frames of {distance[videos_fake]} generated videos of {frames} to"
                 " {distance[videos_real]} {distance[split]} ones, {distance[width]}×{distance[height]}, seed {distance[seed]}.",
-                "No distance to real videos was measured: the stage names no feature network in features.",
+                _UNMEASURED,
             ),
             _CAREFUL,
             _SCORE,
@@ -156,7 +157,7 @@ LAYOUTS = {
                 "Distances by {distance[network]} ({distance[network_digest]:.12}), resize {distance[resize]}, of windows of"
                 " {distance[frames]} frames, {distance[videos_fake]} generated and {distance[videos_real]} {distance[split]}"
                 " ones, {distance[width]}×{distance[height]}, seed {distance[seed]}.",
-                "No distance to real videos was measured: the stage names no feature network in features.",
+                _UNMEASURED,
             ),
             _CAREFUL,
             _SCORE,
@@ -193,7 +194,7 @@ LAYOUTS = {
                 "Distances by {distance[network]} ({distance[network_digest]:.12}), resize {distance[resize]}, of windows of"
                 " {distance[frames]} frames, {distance[videos_fake]} filled and {distance[videos_real]} {distance[split]}"
                 " ones, {distance[width]}×{distance[height]}, seed {distance[seed]}.",
-                "No distance to real videos was measured: the stage names no feature network in features.",
+                _UNMEASURED,
             ),
             _CAREFUL,
         ),

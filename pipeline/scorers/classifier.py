@@ -11,7 +11,8 @@ from longtake.datasets import storage
 from longtake.datasets.pictures import Folder, Located, loaded, opened, shown, sketched
 from longtake.datasets.scores import Field
 from longtake.datasets.stage import StageConfig
-from longtake.pipeline.scorers.one_by_one import OneByOne, Pool, be_exact, numbers, pooled
+from longtake.pipeline.exact import be_exact
+from longtake.pipeline.scorers.one_by_one import OneByOne, Pool, numbers, pooled
 from longtake.pipeline.scorers.scorer import Scorer, Values
 
 _FEW = 32  # labels that all get a number unless some are named

@@ -16,8 +16,9 @@ from longtake.datasets.errors import UserError
 from longtake.datasets.pictures import Located, first_line, loaded, opened, shown, units, width_of
 from longtake.datasets.scores import Field
 from longtake.datasets.stage import StageConfig
+from longtake.pipeline.exact import be_exact
 from longtake.pipeline.scorers import torchscript
-from longtake.pipeline.scorers.one_by_one import OneByOne, be_exact, numbers
+from longtake.pipeline.scorers.one_by_one import OneByOne, numbers
 from longtake.pipeline.scorers.pictures import picture, picture_bytes
 from longtake.pipeline.scorers.scorer import Scorer, Values
 

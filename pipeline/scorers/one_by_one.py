@@ -28,18 +28,6 @@ class OneByOne:
         return [self.values(clip) for clip in frames]
 
 
-def be_exact() -> None:
-    """Set torch to full fp32 and to the same sums in every run, for as long as the process lives.
-
-    One thread of the CPU: several would share out sums by their number.
-    """
-    import torch
-
-    torch.set_num_threads(1)
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-
-
 def pooled(values: np.ndarray, pool: Pool) -> np.ndarray:
     """(N, ...) values of frames to those of their clip (...)."""
     wide = values.astype(np.float64)

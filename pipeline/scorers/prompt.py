@@ -10,8 +10,9 @@ from longtake.datasets import dual, schema
 from longtake.datasets.pictures import Located, opened, shown, units
 from longtake.datasets.scores import Field
 from longtake.datasets.stage import StageConfig, Utf8
+from longtake.pipeline.exact import be_exact
 from longtake.pipeline.scorers.classifier import shares
-from longtake.pipeline.scorers.one_by_one import OneByOne, be_exact, numbers
+from longtake.pipeline.scorers.one_by_one import OneByOne, numbers
 from longtake.pipeline.scorers.scorer import Scorer, Values
 
 Name = Annotated[str, Setting(pattern="^[a-z][a-z0-9_]*$")]

@@ -16,7 +16,8 @@ from longtake.datasets.networks import is_torchscript, load_torchscript
 from longtake.datasets.pictures import Located, first_line
 from longtake.datasets.scores import Field
 from longtake.datasets.stage import StageConfig
-from longtake.pipeline.scorers.one_by_one import OneByOne, Pool, be_exact, pooled
+from longtake.pipeline.exact import be_exact
+from longtake.pipeline.scorers.one_by_one import OneByOne, Pool, pooled
 from longtake.pipeline.scorers.scorer import Scorer, Values
 
 _REMEDY = "write one with `torch.jit.script(model).save(...)`"

@@ -51,11 +51,7 @@ class Config(StageConfig):
 
     @model_validator(mode="after")
     def _patient(self) -> "Config":
-        if self.run.stall_seconds <= self.limits.timeout_seconds:
-            raise ValueError(
-                f"run.stall_seconds {self.run.stall_seconds:g} must be more than limits.timeout_seconds"
-                f" {self.limits.timeout_seconds:g}, which one source may take"
-            )
+        self.limits.check_patience(self.run.stall_seconds)
         return self
 
 

@@ -22,6 +22,7 @@ from longtake.datasets.latents import Latents, Moments, read_latents
 from longtake.datasets.stage import DatasetInput, Input, StageConfig, ViewInput
 from longtake.pipeline import column as columns
 from longtake.pipeline.column import WorkerConfig
+from longtake.pipeline.exact import be_exact
 
 VERSION = 1
 PRODUCES = "latents"
@@ -164,9 +165,7 @@ def _load(
 
     from longtake.pipeline.latents import make_latents
 
-    torch.set_num_threads(settings.threads)
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    be_exact(settings.threads)
     precision = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     encoder = model.eval().requires_grad_(False).to(device, precision)
     return partial(make_latents, encoder, strides, settings=settings, dataset=dataset, column=column)

@@ -28,6 +28,7 @@ from longtake.datasets.text import WORDS, Text, TextConfig, read_text
 from longtake.pipeline import column as columns
 from longtake.pipeline import shared_text, text
 from longtake.pipeline.column import WorkerConfig
+from longtake.pipeline.exact import be_exact
 
 VERSION = 1
 PRODUCES = "text"
@@ -201,14 +202,10 @@ def _load(
     device: str, *, encoder: Mapping[str, Any], work: text.Work, output: str, threads: int, store: str | None = None
 ) -> columns.Make:
     """The function that encodes a shard, loaded in an actor. Raises UserError where the worker finds another encoder."""
-    import torch
-
     if store:
         # Ray may have been started without it
         os.environ.setdefault(_STORE, store)
-    torch.set_num_threads(threads)
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    be_exact(threads)
     found = _encoder({name: encoder[name] for name in TextConfig.model_fields})
     if found.digest != encoder["digest"]:
         raise UserError(f"encoder: {encoder['encoder']}: a worker finds another there than the driver; copy it to all")

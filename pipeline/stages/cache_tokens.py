@@ -21,6 +21,7 @@ from longtake.datasets.tokens import Tokens, read_tokens
 from longtake.pipeline import column as columns
 from longtake.pipeline import windows
 from longtake.pipeline.column import WorkerConfig
+from longtake.pipeline.exact import be_exact
 
 VERSION = 1
 PRODUCES = "tokens"
@@ -183,13 +184,9 @@ def _load(
     device: str, model: Any, *, coding: windows.Coding, settings: windows.Settings, dataset: str, column: str
 ) -> columns.Make:
     """The function that encodes a shard, loaded in an actor."""
-    import torch
-
     from longtake.pipeline.tokens import make_tokens
 
-    torch.set_num_threads(settings.threads)
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    be_exact(settings.threads)
     encoder = model.eval().requires_grad_(False).to(device)
     return partial(make_tokens, encoder, coding, settings, dataset, column=column)
 

@@ -218,8 +218,8 @@ def _bytes(dataset: str, names: Sequence[str]) -> int:
 
 def _load(device: str, *, asked: Sequence[tuple[dict[str, Any], str, dict[str, Any]]], dataset: str) -> columns.Make:
     """The function that scores a shard, loaded in an actor."""
+    from longtake.pipeline.exact import be_exact
     from longtake.pipeline.score_shard import Work, make_scores
-    from longtake.pipeline.scorers.one_by_one import be_exact
 
     be_exact()
     works = []

@@ -25,13 +25,8 @@ class Hole(NamedTuple):
     frames: int
 
 
-def joining(lengths: Sequence[int], frames: int) -> list[Hole]:
-    """Holes between clips of these lengths, with all of their frames kept."""
-    return connecting(lengths, 0, frames)
-
-
 def connecting(lengths: Sequence[int], cut: int, frames: int) -> list[Hole]:
-    """Holes in place of the last `cut` frames of each clip and the first of the next one."""
+    """Holes in place of the last `cut` frames of each clip and the first of the next one; with 0, all frames are kept."""
     return [Hole(end - cut, 2 * cut, frames) for end in list(accumulate(lengths))[:-1]]
 
 

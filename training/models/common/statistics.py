@@ -7,7 +7,20 @@ import torch
 from torch import Tensor, nn
 
 
-class Normalising(nn.Module):
+class ExactBuffers(nn.Module):
+    """A module whose own buffers keep their dtype when its weights are cast."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            now = self._buffers[name]
+            if buffer is not None and now is not None and now.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(now.device)
+        return self
+
+
+class Normalising(ExactBuffers):
     """A model that normalises latents by its buffers `latent_mean` and `latent_std`, one value a channel.
 
     The module's own buffers stay fp32 when the weights are cast. In bf16 a mean would be off by up to 0.2 %, which is
@@ -33,15 +46,6 @@ class Normalising(nn.Module):
     def denormalise(self, latent: Tensor) -> Tensor:
         """The inverse of `normalise`, fp32."""
         return latent.float() * self.latent_std.float().view(-1, 1, 1, 1) + self.latent_mean.float().view(-1, 1, 1, 1)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            now = self._buffers[name]
-            if buffer is not None and now is not None and now.dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(now.device)
-        return self
 
 
 def copy_statistics(to_mean: Tensor, to_std: Tensor, mean: Tensor, std: Tensor) -> None:

@@ -253,12 +253,8 @@ def facts(config: Config, setup: Setup, lineage: Mapping[str, Any]) -> dict[str,
 def counts(config: Config, setup: Setup) -> dict[str, float]:
     """Clips of the train split: used, too short, without latents, and without captions."""
     clips = loader_of(config, setup.inputs, setup.target, "train", batch=1)
-    return {
-        "train_clips": float(clips.samples),
-        "train_clips_too_short": float(clips.samples_short),
-        "train_clips_without_latents": float(clips.samples_without_latent),
-        **data.text_counts(setup.inputs, setup.text),
-    }
+    used = data.clip_counts(clips, without_latents=clips.samples_without_latent)
+    return used | data.text_counts(setup.inputs, setup.text)
 
 
 def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any]:

@@ -460,9 +460,5 @@ def facts(config: Config, setup: Setup, lineage: Mapping[str, Any]) -> dict[str,
 def counts(config: Config, setup: Setup) -> dict[str, float]:
     """Clips of the train split: used, too short, too small, and without captions."""
     clips = loader_of(config, setup, "train", batch=1)
-    return {
-        "train_clips": float(clips.samples),
-        "train_clips_too_short": float(clips.samples_short),
-        "train_clips_too_small": float(clips.samples_small),
-        **data.text_counts(setup.inputs, setup.text),
-    }
+    used = data.clip_counts(clips, too_small=clips.samples_small)
+    return used | data.text_counts(setup.inputs, setup.text)

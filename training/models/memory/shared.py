@@ -224,14 +224,9 @@ def _of_base(inputs: Mapping[str, Any], field: str) -> dict[str, Any] | None:
 def counts(config: MemoryConfig, setup: Setup) -> dict[str, float]:
     """Counts of the train split's clips that were used and that were left out, and the mean history of a sample."""
     clips = loader_of(config, setup, "train", batch=1)
-    return {
-        "train_clips": float(clips.samples),
-        "train_clips_too_short": float(clips.samples_short),
-        "train_clips_without_latents": float(clips.samples_without_latent),
-        "train_clips_without_history": float(clips.samples_without_history),
-        **common.text_counts(setup.inputs, setup.text),
-        "history_steps_expected": clips.history_mean(),
-    }
+    lacking = {"without_latents": clips.samples_without_latent, "without_history": clips.samples_without_history}
+    used = common.clip_counts(clips, **lacking) | common.text_counts(setup.inputs, setup.text)
+    return used | {"history_steps_expected": clips.history_mean()}
 
 
 def above_each_other(codec: Codec, model: MemoryModel, before: Tensor, *rows: Tensor) -> np.ndarray[Any, Any]:

@@ -160,16 +160,10 @@ def check(config: Config, inputs: Mapping[str, StageConfig]) -> None:
             raise ValueError("model: is not that of the parent; leave it out")
         check_windows(config, known)
     clip = getattr(inputs.get("dataset"), "clip", None)
-    if clip is None:
-        return
     side = max(min(size) for size in config.sizes)
-    if clip.short_side < side:
+    if clip is not None and clip.short_side < side:
         raise ValueError(f"sizes: {side} is larger than clip.short_side {clip.short_side} of the dataset")
-    span = (config.frames - 1) * config.stride + 1
-    if clip.max_frames < span:
-        raise ValueError(
-            f"frames: a window spans {span} frames, the dataset's clips have at most {clip.max_frames}; raise clip.max_seconds"
-        )
+    data.check_recipe(config, inputs, (), (config.frames - 1) * config.stride + 1)
 
 
 def warnings(config: Config) -> list[str]:
@@ -435,11 +429,7 @@ def kind(setup: Setup) -> str:
 def counts(config: Config, setup: Setup) -> dict[str, float]:
     """Clips of the train split: used, too short, and too small."""
     clips = _loader(config, setup, "train", batch=1)
-    return {
-        "train_clips": float(clips.samples),
-        "train_clips_too_short": float(clips.samples_short),
-        "train_clips_too_small": float(clips.samples_small),
-    }
+    return data.clip_counts(clips, too_small=clips.samples_small)
 
 
 def keep(config: Config, folder: Path, scratch: Path) -> None:

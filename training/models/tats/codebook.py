@@ -10,15 +10,15 @@ fp32 when the weights are cast. Every rank adds up the same sums, so any number 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from longtake.training.metrics.share import gathered
+from longtake.training.models.common.statistics import ExactBuffers
 
 _SMOOTH = 1e-7  # Laplace smoothing of the counts
 _NOISE = 0.01  # of seeds that are drawn twice, over the root of the width
@@ -38,7 +38,7 @@ def usage(counts: Tensor) -> Usage:
     return Usage((counts > 0).float().mean(), torch.exp(-torch.xlogy(p, p).sum()))
 
 
-class Codebook(nn.Module):
+class Codebook(ExactBuffers):
     """Latents `(B, D, t, h, w)` -> the nearest of `codes` vectors, and its number.
 
     In training mode a call moves the codes; the first one seeds them by rows of its latents.
@@ -151,12 +151,3 @@ class Codebook(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._moved = False
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            now = self._buffers[name]
-            if buffer is not None and now is not None and now.dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(now.device)
-        return self

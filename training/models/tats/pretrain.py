@@ -320,8 +320,4 @@ def facts(config: Config, setup: Setup, lineage: Mapping[str, Any]) -> dict[str,
 def counts(config: Config, setup: Setup) -> dict[str, float]:
     """Clips of the train split: used, too short, and too small."""
     clips = _loader(config, setup, "train", batch=1)
-    return {
-        "train_clips": float(clips.samples),
-        "train_clips_too_short": float(clips.samples_short),
-        "train_clips_too_small": float(clips.samples_small),
-    }
+    return data.clip_counts(clips, too_small=clips.samples_small)

@@ -21,7 +21,6 @@ from longtake.training.models.common.film import (
     connecting,
     filled,
     gaps_in,
-    joining,
     reachable,
     smoothing,
 )
@@ -290,7 +289,7 @@ def shades(frames: np.ndarray) -> list[int]:
 
 
 def test_clips_are_joined_with_all_of_their_frames() -> None:
-    gaps, shown = film(joining([4, 3, 3], 2), clip(10))
+    gaps, shown = film(connecting([4, 3, 3], 0, 2), clip(10))
     assert shown == [0, 1, 2, 3, 255, 255, 4, 5, 6, 255, 255, 7, 8, 9]
     assert [shades(gap.before) for gap in gaps] == [[1, 2, 3], [4, 5, 6]]
     assert [shades(gap.after) for gap in gaps] == [[4, 5, 6], [7, 8, 9]]

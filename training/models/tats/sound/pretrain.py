@@ -302,8 +302,4 @@ def facts(config: Config, setup: Setup, lineage: Mapping[str, Any]) -> dict[str,
 def counts(config: Config, setup: Setup) -> dict[str, float]:
     """Clips of the train split: used, too short, without sound."""
     clips = _loader(config, setup.inputs, "train", batch=1)
-    return {
-        "train_clips": float(clips.samples),
-        "train_clips_too_short": float(clips.samples_short),
-        "train_clips_without_sound": float(clips.samples_without_sound),
-    }
+    return data.clip_counts(clips, without_sound=clips.samples_without_sound)
