@@ -29,5 +29,5 @@ STAGES = {
 
 
 def load(kind: str) -> Any:
-    """The module of a stage: `Config`, `VERSION`, `PRODUCES`, `run` and perhaps `outside` (see longtake.datasets.stage)."""
+    """The module of a stage: `Config`, `VERSION`, `PRODUCES`, `run`, and what else `longtake.datasets.stage` names."""
     return importlib.import_module(STAGES[kind])

@@ -291,8 +291,7 @@ class TrainConfig(StageConfig):
         # what a script of its own trains is asked when it starts
         if (kind := getattr(self, "kind", None)) and not self.SHARED:
             raise ValueError(
-                f"run.launcher.sequence {size}: {kind} has no window that processes can share; finetune_latte,"
-                " pretrain_memory, finetune_memory_prior and pretrain_tats have: leave it out"
+                f"run.launcher.sequence {size}: {kind} has no window that processes can share; leave it out"
             )
         if self.zero_stage == 3:
             raise ValueError(f"run.launcher.sequence {size} needs zero_stage 0 to 2, not 3")

@@ -1,6 +1,6 @@
 """The training loop: read it from top to bottom. It knows engines, an objective, a loader, a tracker and checkpoints.
 
-Nothing random outlives a step: generators are seeded from (seed, step, pass, rank), so a resumed run needs no saved
+Nothing random outlives a step: random states are seeded from (seed, step, pass, rank), so a resumed run needs no saved
 random state. Ranks that share windows (`engines.share_windows`) count as one.
 """
 

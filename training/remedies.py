@@ -103,7 +103,7 @@ def _sharing(config: Any) -> Iterator[Change]:
         yield change
 
 
-# from cheap to dear
+# from cheap to expensive
 _KINDS_OF_CHANGE = (
     _chunking,
     _checkpointing,
@@ -153,7 +153,7 @@ class Planned:
     def remedy(self, limit: float) -> Remedy | None:
         """The smallest change by which it takes `limit` bytes at most; None where nothing does.
 
-        One change after the other, from cheap to dear; then all together, as far as each helps.
+        One change after the other, from cheap to expensive; then all together, as far as each helps.
         """
         # on a CPU all is in the memory of one host already
         elsewhere = () if self._on_gpu else (_offloading, _keeping_on_host, _sharing)

@@ -103,7 +103,7 @@ class Library:
     dataset  URL
     digests  of the splits' base shards when they were read (see `compact.Rows`)
     places   a row a clip: where its bytes are
-    sources  (N,) codes and addresses of the sources
+    source   (N,) codes and addresses of the sources
     fields   numbers and labels by name
     texts    by name: "caption" where there are any
     views    by name; replaced as a whole where the page saves one, since other threads go through them

@@ -22,8 +22,8 @@ _MOST_AT_ONCE = 64  # videos in a grid, which are all decoded side by side
     "--frames",
     type=int,
     metavar="N",
-    help="Length of each video, longer than a window too: any for models that join clips, 4n for those of tokens, 1 + 4n for"
-    " all others. [default: a window]",
+    help="Length of each video, longer than a window too: any for models of pixels or that join clips; 4n for those of tokens,"
+    " and for models of latents after --start; else 1 + 4n (LTX: 8n, 1 + 8n). [default: a window]",
 )
 @click.option(
     "--seconds",
@@ -138,7 +138,10 @@ _MOST_AT_ONCE = 64  # videos in a grid, which are all decoded side by side
 )
 @click.option("--steps", type=click.IntRange(min=1), metavar="S", help="Steps of a window. [default: the model's]")
 @click.option(
-    "--temperature", type=float, metavar="T", help="Of a model of tokens: below 1 the likelier ones come oftener."
+    "--temperature",
+    type=float,
+    metavar="T",
+    help="Of a model of tokens: below 1 likely ones are drawn more often. [default: the model's]",
 )
 @click.option(
     "--top-k", type=int, metavar="K", help="Draw among the K likeliest tokens; 0 is all. [default: the model's]"

@@ -124,13 +124,12 @@ def infill(
 
     \b
     Examples:
-      export MLFLOW_TRACKING_URI=sqlite:///runs/quickstart/mlflow.db
+      export MLFLOW_TRACKING_URI=sqlite:///runs/mavin_tiny/mlflow.db
       longtake infill models:/mavin@champion a.mp4 b.mp4 --frames 12 --out joined.mp4
       longtake infill models:/mavin@champion a.mp4 b.mp4 c.mp4 --frames 8 --seed 7 --out film.mp4
       longtake infill models:/mavin@champion a.mp4 b.mp4 --connector 6 --out joined.mp4
       longtake infill models:/mavin@champion film.mp4 --smooth 4 --joints 16,28,... --out smooth.mp4
-      longtake generate models:/rencgan3@champion --seconds 60 --out film.mp4
-      longtake infill models:/mavin@champion film.mp4 --smooth 4 --out smooth.mp4
+      longtake infill models:/mavin@champion film.mp4 --smooth 4 --out smooth.mp4    # made by `longtake generate`
     """
     media.check_output(out)
     _check_way(clips, frames, connector, smooth, joints)

@@ -1,4 +1,4 @@
-"""Commands about recipes: run, stage, graph, status, report."""
+"""Commands about recipes: run, stage, graph, resolve, status, report."""
 
 import json
 import textwrap

@@ -11,7 +11,10 @@ from longtake.infra.cli import media
 @click.argument("video")
 @click.option("--out", required=True, metavar="FILE.mp4", help="Where to write.")
 @click.option(
-    "--visible", type=int, metavar="N", help="The encoder sees the first N frames, 1 + 4n; the others are predicted."
+    "--visible",
+    type=int,
+    metavar="N",
+    help="The encoder sees the first N frames, 1 + 4n (LTX: 1 + 8n); the others are predicted.",
 )
 @click.option("--side-by-side", is_flag=True, help="The source on the left, its reconstruction on the right.")
 @click.option(

@@ -72,7 +72,7 @@ def _keep_freed_memory() -> None:
     """Let a training on a CPU use freed memory again: by default glibc gives that of large tensors back to the system.
 
     To fault its pages in anew takes 1 % of a step, and a tenth with ZeRO, which makes large buffers. Blocks of 32 MiB and
-    more still go back: holes of theirs would be dear.
+    more still go back: holes of theirs would be expensive.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):

@@ -63,8 +63,7 @@ def _share(modules: Iterable[nn.Module], size: int, group_of: Callable[[], Seque
 def _check(module: Any, size: int) -> None:
     if not hasattr(module, "sequence"):
         raise UserError(
-            f"run.launcher.sequence: {size}: a {type(module).__name__} cannot be shared among processes; Latte, the"
-            " memory DiT and TATS can: leave it out"
+            f"run.launcher.sequence: {size}: a {type(module).__name__} cannot be shared among processes; leave it out"
         )
     heads = module.config.heads
     if heads % size:

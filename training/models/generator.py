@@ -118,7 +118,8 @@ class Generator(Protocol):
     fps, size  frames per second, and (height, width), of its training videos
     settings   the ones that it was registered with
 
-    One that accepts "movement" also has `movement(frames)`, the movement of a video from its frames as `begin` takes them.
+    One that accepts "movement" also has `movement(frames)`, the movement of a video from its frames as `begin` takes them;
+    one that accepts "size" has `sized(height, width)`, the same for such videos, or UserError for sides it does not divide.
     """
 
     @property

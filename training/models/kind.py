@@ -56,8 +56,8 @@ class Kind(NamedTuple):
                autoencoder, if not None. None for a kind that generates nothing
     retriever  the same of a `Retriever`; None for a kind that retrieves nothing
     infiller   the same of an `Infiller`; None for a kind that fills no gaps
-    accepts    options of a request to the generator, some of "class", "prompt", "audio", "start", "movement", "storyboard", and
-               the names of its `generator.Settings` that have an effect
+    accepts    options of a request to the generator, some of "class", "prompt", "audio", "start", "movement", "storyboard", "size",
+               and the names of its `generator.Settings` that have an effect
     answer     `answer(folder)` returns the function of videos, uint8 (B, T, H, W, 3), that is served; None for a generator,
                and for a kind that fills gaps
     measures   names of measures that only such models have (see `longtake.training.evaluation.measures`)
