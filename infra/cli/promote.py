@@ -120,7 +120,7 @@ def read_gate(path: str, evaluation: str | None = None) -> tuple[Any, dict[str, 
         if inputs:
             raise UserError(f"{path}: {min(inputs)}: the evaluation has its own clips; leave it out")
         inputs = {"evaluation": evaluation}
-    return Gate(**file.model_dump(exclude=named, exclude_unset=True)), inputs
+    return Gate(**file.model_dump(exclude=set(names), exclude_unset=True)), inputs
 
 
 def _table(verdict: Any) -> str:
