@@ -1,6 +1,6 @@
 # make demo [VIDEOS=folder]   install, then a recipe: videos -> shards -> model -> report; with captions without VIDEOS
 # make test                   install, then the tests (the long ones: make test-slow; all of these at once: make test-all)
-# make soak                   the long forms of tests that kill, of which the others run short ones; some 20 minutes
+# make soak                   the long forms of tests that kill, of which the others run short ones, and what takes long
 # make lint                   what CI checks besides
 # make bench                  all figures of speed and memory; hours on a quiet machine; goes on where it was stopped
 # make airflow-test           the DAGs in a real Airflow (installed into .venv-airflow) on a real Ray; some 8 minutes

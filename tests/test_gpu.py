@@ -26,7 +26,7 @@ def gpu(out: Path, *words: str) -> tuple[int, dict[str, Any], str]:
     return done.returncode, json.loads(out.read_text()), done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_parts_are_measured_and_those_that_are_there_are_not_again(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
     code, kept, printed = gpu(out, "correct/latte", "mfu/latte", "memory/latte", "loader/latents")

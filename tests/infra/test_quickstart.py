@@ -149,6 +149,7 @@ def test_a_damaged_shard_is_made_again_where_it_was(finished: Path, footage: Pat
     assert longtake(finished, footage, "dataset", "verify", str(broken.parents[1])).returncode == 0
 
 
+@pytest.mark.soak
 def test_forced_training_starts_from_nothing(finished: Path, footage: Path) -> None:
     out = run(finished, footage, "--from", "vae")
     assert "shards: reused" in out and "vae: running" in out and "models:/pv-vae/2" in out

@@ -301,7 +301,7 @@ def config(encoder: str, **changed: Any) -> cache_tokens.Config:
     return cache_tokens.Config(kind="cache_tokens", dataset="x", encoder=encoder, run=how, **usual)  # type: ignore[arg-type]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.usefixtures("ray_session")
 def test_the_stage_writes_the_same_bytes_for_any_number_of_workers_and_goes_on(
     root: str, folder: str, model: Codes, hashes: Hashes, tmp_path: Path

@@ -254,7 +254,7 @@ def test_a_scorer_whose_package_does_not_start_is_one_line(monkeypatch: pytest.M
 # With Ray.
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.usefixtures("ray_session")
 def test_the_stage_writes_the_same_bytes_for_any_number_of_workers_and_goes_on(
     root: str, hashes: Hashes, tmp_path: Path

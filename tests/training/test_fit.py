@@ -29,7 +29,13 @@ def test_a_plan_is_within_a_tenth_of_what_a_training_takes(tmp_path: Path, group
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(TRAININGS.keys() - {"latte", "tats"}))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.soak) if name == "mavin_unet" else name
+        for name in sorted(TRAININGS.keys() - {"latte", "tats"})
+    ],
+)
 def test_so_it_is_of_every_family(tmp_path: Path, group: None, name: str) -> None:
     check(source(tmp_path, TRAININGS[name]))
 
@@ -77,7 +83,7 @@ def test_so_it_is_of_a_model_of_another_library(tmp_path: Path, group: None, lor
     check(of_another_library(tmp_path, lora))
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_process_grows_by_what_a_plan_tells(tmp_path: Path) -> None:
     found = source(tmp_path, TRAININGS["latte_of_pixels"], batch=8, model={"preset": "latte_s", "patch": 8})
     script = Path(measured.__file__)

@@ -180,7 +180,7 @@ def test_two_engines_on_two_processes_learn_what_plain_pytorch_learns(
     assert second["seeds"] == found["seeds"] and len(set(found["seeds"])) == SETTINGS["steps"]
 
 
-@pytest.mark.parametrize("zero_stage", [1, 3])
+@pytest.mark.parametrize("zero_stage", [pytest.param(1, marks=pytest.mark.soak), 3])
 def test_training_of_two_engines_goes_on_with_another_number_of_processes(
     train: Trained, tmp_path: Path, zero_stage: int
 ) -> None:

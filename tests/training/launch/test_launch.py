@@ -266,7 +266,7 @@ def by_hand(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return learned(checkpoints)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_deepspeed_hostfile_gives_what_torchrun_gives(
     dataset: str, tmp_path: Path, by_hand: dict[str, torch.Tensor]
 ) -> None:
@@ -325,8 +325,10 @@ def test_sigterm_under_ray_saves_exits_0_and_the_same_command_goes_on(
             "divide among 2 processes",
             marks=pytest.mark.soak,
         ),
-        (TORCHRUN, None, {"batch": 3}, "divide among 2 processes"),
-        (TORCHRUN, {"by": "torchrun", "processes": 2}, {}, "leave run.launcher out"),
+        pytest.param(TORCHRUN, None, {"batch": 3}, "divide among 2 processes", marks=pytest.mark.soak),
+        pytest.param(
+            TORCHRUN, {"by": "torchrun", "processes": 2}, {}, "leave run.launcher out", marks=pytest.mark.soak
+        ),
         (TORCHRUN, None, {"kind": "curate"}, "stage vae: curate does not train"),
         (TORCHRUN, None, {"view": "other"}, "its input other has no finished run"),
     ],

@@ -513,7 +513,7 @@ def test_from_a_pretrained_memory_to_a_champion_that_goes_on(
     assert again["uri"] == "models:/prior/1"
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_two_processes_make_one_champion_and_measure_it_as_one_does(
     inputs: dict[str, str],
     store: str,

@@ -182,7 +182,7 @@ def held() -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-@pytest.mark.parametrize(("hierarchical", "last"), [(False, 250), (True, 20)])
+@pytest.mark.parametrize(("hierarchical", "last"), [(False, 250), pytest.param(True, 20, marks=pytest.mark.soak)])
 def test_what_is_held_does_not_grow_over_1024_frames(
     hierarchical: bool, last: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
