@@ -16,11 +16,13 @@ from flat import nested
 from mlflow import MlflowClient
 
 from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.stage import StageConfig
 from longtake.infra import graph, recipe, runner
 from longtake.infra.cli import exit_code
-from longtake.infra.cli.promote import promote, rollback
+from longtake.infra.cli.promote import promote, read_gate, rollback
 from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
 from longtake.training.registry import aliases, disk, judge, promotion
+from longtake.training.registry import promote as stages_promote
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -217,6 +219,14 @@ def test_what_is_no_gate_is_one_line(
         assert told in capsys.readouterr().err
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert asked("2", gate) == 2 and "MLFLOW_TRACKING_URI is not set" in capsys.readouterr().err
+
+
+def test_a_gate_file_names_all_inputs_that_a_stage_does(tmp_path: Path) -> None:
+    stage = stages_promote.Config.model_fields
+    inputs = {name: f"of/{name}" for name in stage.keys() - {"kind", "candidate", "evaluation", "gate"}}
+    inputs = {name: uri for name, uri in inputs.items() if name not in StageConfig.model_fields}
+    assert {"tokens", "audio_tokens", "captions", "dataset"} <= inputs.keys()
+    assert read_gate(written(tmp_path, **inputs))[1] == inputs
 
 
 def test_few_sources_keep_a_candidate_and_say_so(
