@@ -23,8 +23,8 @@ from longtake.infra import graph, recipe, runner
 from longtake.infra.cli.evaluate import suite_of
 from longtake.training import registry
 from longtake.training.evaluation import evaluate as stage
-from longtake.training.evaluation import table
-from longtake.training.evaluation.suite import Suite, builtin
+from longtake.training.evaluation import run, table
+from longtake.training.evaluation.suite import Networks, Suite, builtin
 from longtake.training.registry import aliases, log
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -141,6 +141,34 @@ def test_a_registered_model_is_measured_by_its_alias_beside_a_folder(
     assert set(runs) == {"out", "models:/pv-vae@champion", "models:/pv-vae/1", str(models / "vqgan")}
     value = made.groups[0]["figures"]["psnr"]["values"][registered["digest"]]
     assert runs["models:/pv-vae@champion"].data.metrics["psnr_low"] == value["low"]
+
+
+@pytest.mark.usefixtures("own_store")
+def test_an_alias_that_moves_meanwhile_names_the_version_that_it_named_first(
+    models: Path, squares: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_store: Callable[[Path], None]
+) -> None:
+    with_store(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("LONGTAKE_CACHE", str(tmp_path / "cache"))
+    with aliases.run_in(log.experiment("trained", f"{tmp_path}/artifacts"), "codecs") as run_id:
+        registry.register(models / "vae", "codec", run_id)
+    with aliases.run_in(log.experiment("trained", f"{tmp_path}/artifacts"), "codecs") as run_id:
+        registry.register(models / "vqgan", "codec", run_id)
+    aliases.put("codec", "champion", "1")
+
+    uris, lines = [str(models / "vqgan"), "models:/codec@champion"], list[str]()
+
+    def say(line: str) -> None:
+        lines.append(line)
+        aliases.put("codec", "champion", "2")
+
+    suite = judged.suite(measures=("reconstruction",))
+    made = run.evaluate(uris, squares, None, suite, Networks(), tmp_path / "out", say)
+    assert lines == [f"{uri}: reconstruction" for uri in uris]
+    folder, registered = made.models
+    assert registered["pinned"] == "models:/codec/1"
+    psnr = made.groups[0]["figures"]["psnr"]["values"]
+    assert psnr[registered["digest"]]["value"] != psnr[folder["digest"]]["value"]
 
 
 def test_suites_of_the_package_and_of_files(tmp_path: Path) -> None:

@@ -273,7 +273,11 @@ class Made:
     def _opened(self, subject: Subject, name: Literal["generator", "infiller", "retriever"]) -> Any:
         if self._door[:2] != (subject.digest, name):
             make = getattr(subject.kind, name)
-            self._door = (subject.digest, name, make(subject.uri, subject.module, subject.facts, None, torch.float32))
+            self._door = (
+                subject.digest,
+                name,
+                make(subject.pinned, subject.module, subject.facts, None, torch.float32),
+            )
         self._note(self._door[2])
         return self._door[2]
 
