@@ -270,6 +270,11 @@ class Made:
         made: Retriever = self._opened(subject, "retriever")
         return made
 
+    def close(self) -> None:
+        """Forget a model's door, with all that it holds on the device."""
+        self._door = ("", "", None)
+        torch.cuda.empty_cache()
+
     def _opened(self, subject: Subject, name: Literal["generator", "infiller", "retriever"]) -> Any:
         if self._door[:2] != (subject.digest, name):
             make = getattr(subject.kind, name)

@@ -72,7 +72,9 @@ def evaluate(
         place = folder / RESULTS / model.digest[:12]
         # before its results, which name it in the tables of other models
         storage.write(str(place / MODEL), storage.canonical_json(_facts(model)))
+        # before the next one is loaded, since the device may have no room for both
         loaded: Subject | None = None
+        material.close()
         for task in tasks:
             if not _concerns(task.measure, task.name, model):
                 continue

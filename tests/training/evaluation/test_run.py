@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch
 import toy_levels
 
 from longtake.datasets.errors import Failure, UserError
-from longtake.training.evaluation import run, table
+from longtake.training.evaluation import run, subject, table
+from longtake.training.evaluation.subject import Subject
 from longtake.training.evaluation.suite import Networks, Suite
 from longtake.training.evaluation.table import Table
 
@@ -149,6 +151,22 @@ def test_the_same_model_by_two_names_is_measured_once(
     made = run.evaluate(uris, squares, None, judged.suite(), Networks(), tmp_path, lines.append)
     assert len(made.models) == 1
     assert any("is the same model as" in line for line in lines)
+
+
+def test_a_model_is_gone_before_the_next_one_is_loaded(
+    models: Path, squares: str, tmp_path: Path, toys: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, alive = subject.load, list[weakref.ref[torch.nn.Module]]()
+
+    def load(uri: str) -> Subject:
+        assert not any(module() for module in alive)
+        found = plain(uri)
+        alive.append(weakref.ref(found.module))
+        return found
+
+    monkeypatch.setattr(subject, "load", load)
+    evaluate(models, ["latte", "mavin", "tats"], squares, tmp_path)
+    assert len(alive) == 3
 
 
 def test_a_measure_without_its_network_is_left_out_and_said(models: Path, squares: str, tmp_path: Path) -> None:
