@@ -47,6 +47,9 @@ class Fixed(NamedTuple):
     def retrieved(self, subject: Subject) -> Iterator[Retrieved]:
         yield from self.recalls
 
+    def close(self) -> None:
+        pass
+
     def generator(self, subject: Subject) -> Any:
         return self.networks["generator"]
 

@@ -96,6 +96,9 @@ class Material(Protocol):
     def retrieved(self, subject: Subject) -> Iterator[Retrieved]:
         """Clips of up to `suite.seconds`, as much of them as the memory holds, at the suite's rate."""
 
+    def close(self) -> None:
+        """Forget what was opened of a model, with all that it holds on the device; it is opened again where it is needed."""
+
     def generator(self, subject: Subject) -> Generator: ...
 
     def infiller(self, subject: Subject) -> Infiller: ...

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import heard
@@ -14,7 +15,7 @@ import torch
 import toy_levels
 
 from longtake.datasets.errors import Failure, UserError
-from longtake.training.evaluation import run, subject, table
+from longtake.training.evaluation import peak, run, subject, table
 from longtake.training.evaluation.subject import Subject
 from longtake.training.evaluation.suite import Networks, Suite
 from longtake.training.evaluation.table import Table
@@ -192,6 +193,17 @@ def test_what_a_model_refuses_is_left_out_and_others_go_on(
     assert "the model sees 1 frames at least; set the suite's gaps.context to 2" in left["why"]
     assert values(made, "generates_level", "level").keys() == {"latte"}
     assert "left out" in table.printed(made)
+
+
+def test_a_model_that_the_memory_is_too_small_for_is_measured_otherwise(
+    models: Path, squares: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = SimpleNamespace(returncode=-9, stdout="", stderr="")
+    monkeypatch.setattr(peak, "subprocess", SimpleNamespace(run=lambda *_, **__: killed))
+    made = evaluate(models, ["vae"], squares, tmp_path, judged.suite(measures=("memory", "reconstruction")))
+    assert [group["measure"] for group in made.groups] == ["reconstruction"]
+    [left] = made.left_out
+    assert left["measure"] == "memory" and "vae: signal 9 ended the process that measures it" in left["why"]
 
 
 @pytest.mark.parametrize(
