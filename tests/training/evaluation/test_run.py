@@ -215,6 +215,7 @@ def test_a_model_that_the_memory_is_too_small_for_is_measured_otherwise(
         ({"settings": {"steps": "fast"}}, {}, "suite: settings: steps: 'fast' is no whole number from 0 on"),
         ({"settings": {"steps": True}}, {}, "suite: settings: steps: True is no whole number from 0 on"),
         ({"settings": {"shift": [1, 2]}}, {}, "suite: settings: shift: .* is no number from 0 on"),
+        ({"settings": {"shift": 0}}, {}, "suite: settings: shift: 0 is no number above 0"),
         ({"settings": {"temperature": float("nan")}}, {}, "suite: settings: temperature: nan is no number from 0 on"),
         ({"settings": {"backward": 1}}, {}, "suite: settings: backward: 1 is no true or false"),
         ({"settings": {"mixer": 1}}, {}, "suite: settings: mixer: 1 is no text"),
