@@ -191,6 +191,18 @@ def test_vbench_figures_are_of_each_video():
     assert moving == pytest.approx(1 - float(maes) / 255, rel=1e-5)
 
 
+def test_movement_that_block_matching_does_not_see_is_not_called_none():
+    video = shifting(8, 0, 5, 64)
+    slow = materials.short(frames=5, length=5)
+    slow = slow.model_copy(update={"clips": slow.clips.model_copy(update={"fps": 2.0})})
+    result = vbench.MEASURE.run(None, materials.Fixed(slow, [], materials.generated([video]), {}))
+    assert [row.keys() for row in result.rows.values()] == [{"temporal_flickering"}]
+    assert result.notes == [
+        "dynamic_degree is left out: at 2 frames a second a movement has 6 pixels or more, and block matching sees 4;"
+        " raise suite.clips.fps"
+    ]
+
+
 def test_consistency_needs_a_network_of_pictures():
     images = materials.network("mean", images=lambda x: [torch.nn.functional.adaptive_avg_pool2d(x, 1)])
     videos = materials.generated([materials.noisy(1)[0][:, :1].expand(3, 4, 8, 8), *materials.noisy(1, seed=3)])
