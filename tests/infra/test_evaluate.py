@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import evaluated
 import judged
 import mlflow
 import pytest
@@ -211,6 +212,17 @@ def test_a_stage_evaluates_and_is_reused(
     assert runner.run_stage(graph.pin(loaded), "judge") == {"uri": node.output}
     (Path(node.output) / found.videos[0]["file"]).unlink()
     assert not stage.complete(node.output)
+
+
+def test_a_figure_of_videos_of_two_lengths_is_two_metrics() -> None:
+    groups = [
+        evaluated.group("drift", {"drift": ("lower", {"a": evaluated.value(level)})}, digest=digest, videos=[length])
+        for digest, length, level in (("1", {"frames": 1024}, 0.25), ("2", {"seconds": 60}, 0.5))
+    ]
+    groups.append(evaluated.group("motion", {"speed_distance": ("lower", {"a": evaluated.value(0.125)})}))
+    made = table.Table([evaluated.model("vae", "a")], groups, [], [])
+    figures = {"drift.drift.11111111.0": 0.25, "drift.drift.22222222.0": 0.5, "speed_distance.0": 0.125}
+    assert stage.metrics(made) == {"models": 1.0} | figures
 
 
 def test_each_model_of_a_list_is_an_input_whose_stage_may_be_renamed(squares: str, tmp_path: Path) -> None:
