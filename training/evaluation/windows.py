@@ -123,10 +123,9 @@ def dual_encoder(material: Material) -> dual.Dual:
     return dual.load(opened(material.folder("dual"), "dual"), str(device()))
 
 
-def pictures(encoder: dual.Dual, window: Tensor, places: Sequence[int] | None = None) -> Tensor:
-    """The vectors of a window's frames, or of those at some places, (T, D) of length 1."""
-    frames = to_pixels(window[0].permute(1, 2, 3, 0))
-    return torch.from_numpy(encoder.pictures((frames if places is None else frames[places]).cpu().numpy()))
+def pictures(encoder: dual.Dual, window: Tensor) -> Tensor:
+    """The vectors of a window's frames, (T, D) of length 1."""
+    return torch.from_numpy(encoder.pictures(to_pixels(window[0].permute(1, 2, 3, 0)).cpu().numpy()))
 
 
 class Side(NamedTuple):

@@ -60,6 +60,29 @@ def test_agreement_is_the_cosine_that_the_library_gives(clip):
     assert result.notes == ["agreement_first by chance is 0.333"]
 
 
+class Colours:
+    """A dual encoder of colours, and of their names."""
+
+    def pictures(self, frames: np.ndarray) -> np.ndarray:
+        return np.eye(3, dtype=np.float32)[frames.mean((1, 2)).argmax(1)]
+
+    def texts(self, texts: list[str]) -> np.ndarray:
+        return np.eye(3, dtype=np.float32)[[("red", "green", "blue").index(text) for text in texts]]
+
+
+def test_a_video_that_does_not_hold_its_prompt_beyond_a_clip_agrees_less(monkeypatch):
+    monkeypatch.setattr(agreement, "dual_encoder", lambda _: Colours())
+    holds = torch.zeros(3, 49, 8, 8, dtype=torch.uint8)
+    holds[0] = 200
+    turns = torch.cat([holds[:, :17], holds.roll(1, 0)[:, 17:]], 1)
+    found = materials.Fixed(
+        materials.short(17, 49), [], materials.generated([holds, turns, holds.roll(1, 0)], ["red", "red", "green"])
+    )
+    rows = list(agreement.MEASURE.run(None, found).rows.values())
+    assert [row["agreement"] for row in rows] == [1, 3 / 8, 1]  # of frames 0, 7, 14, 21, ..., 48
+    assert [row["agreement_first"] for row in rows] == [1, 0, 1]
+
+
 def test_backgrounds_are_compared_by_the_vectors_of_pictures(clip):
     from longtake.datasets import dual
     from longtake.datasets.pictures import opened
