@@ -16,7 +16,7 @@ from longtake.training.engines import device
 from longtake.training.evaluation import asking
 from longtake.training.evaluation import clips as heldout
 from longtake.training.evaluation import videos as files
-from longtake.training.evaluation.clips import Heldout, Part, frames_needed, listing, ticks
+from longtake.training.evaluation.clips import Heldout, Part, changing, frames_needed, listing, ticks
 from longtake.training.evaluation.material import Clip, Filled, Generated, Retrieved
 from longtake.training.evaluation.networks import Brought
 from longtake.training.evaluation.subject import Subject
@@ -162,7 +162,8 @@ class Made:
             made = self._kept(subject, asked, rate, make, facts)
             yield Generated(
                 each.words or key, key, seed, each.words, length, partial(self._read, made, length),
-                [joint for joint in joints if joint < length], math.nan if (took := made.facts["seconds"]) is None else took,
+                [joint for joint in joints if joint < length], changing(length, self.fps, rate),
+                math.nan if (took := made.facts["seconds"]) is None else took,
                 self._place(made),
             )  # fmt: skip
 
@@ -183,6 +184,7 @@ class Made:
             settings = with_changes(infiller.settings, asking.known(self.suite.settings, infiller.settings))
         context, gap = self.suite.gaps.context, self.suite.gaps.frames
         beside, inside = asking.gap_at(self.suite.gaps, self.fps, infiller)
+        own = changing(self._frames["fills"], self.fps, infiller.fps, context)
         common = {"beside": beside, "inside": inside, "settings": asking.plain(settings)}
         for part in self.parts("fills"):
             clip = self._clip(part, self._frames["fills"])
@@ -192,7 +194,7 @@ class Made:
                 facts = {"key": clip.key, "aspect": "fills", "prompt": prompt, "seed": seed}
                 make = partial(self._fill, subject, infiller, part, prompt, seed, settings)
                 made = self._kept(subject, asked, infiller.fps, make, facts)
-                yield Filled(clip, context, torch.cat(list(self._read(made, gap)), 2))
+                yield Filled(clip, context, torch.cat(list(self._read(made, gap)), 2), own)
 
     def _fill(
         self,

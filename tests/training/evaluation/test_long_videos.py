@@ -128,6 +128,18 @@ def test_a_jump_of_ten_times_the_usual_change_has_that_ratio():
     assert result.pooled["seam_ratio"].replicates == pytest.approx([10] * 100, rel=1e-5)
 
 
+@pytest.mark.parametrize("piece", [1, 3, 40])
+def test_frames_that_a_lower_rate_shows_again_are_no_joints(piece):
+    steady = torch.arange(0, 48, 2, dtype=torch.uint8).repeat_interleave(3)[None, :, None, None].expand(3, 72, 8, 8)
+    torn = steady.clone()
+    torn[:, 36:] += 18
+    for video, ratio in ((steady, 1), (torn, 10)):
+        made = long([video, video], joints=[36])._replace(
+            videos=materials.generated([video, video], joints=[36], piece=piece, every=3)
+        )
+        assert seams.MEASURE.run(None, made).pooled["seam_ratio"].value == pytest.approx(ratio, rel=1e-5)
+
+
 def test_videos_that_are_made_at_once_have_no_seams():
     assert seams.MEASURE.run(None, long(materials.noisy(3, frames=8))).notes == [
         "no video has joints with frames between them"

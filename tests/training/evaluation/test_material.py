@@ -140,6 +140,7 @@ def test_other_rates_and_sizes_are_resampled_and_said(models: Path, squares: str
     frames = whole(video)
     assert frames.shape == (1, 3, 20, 32, 32)
     assert torch.equal(frames[:, :, ::2], frames[:, :, 1::2])  # each frame is seen twice
+    assert video.own == list(range(0, 20, 2))
     assert made.told()[1] == [
         "12 frames a second, sampled at the suite's 24",
         "frames of 16x16, scaled and cropped to the suite's 32x32",
@@ -169,6 +170,7 @@ def test_gaps_are_cut_where_the_clip_says_and_filled_at_the_models_rate(
     assert (one.begin, one.made.shape, one.clip.video.shape) == (4, (1, 3, 4, 32, 32), (1, 3, 12, 32, 32))
     assert not torch.equal(filled[0].made, filled[1].made)
     # 4 frames of 12 a second last as long as 2.7 of 8
+    assert one.own == [0, 1, 3, 4, 6, 7, 9, 10]
     assert (len(given[0].before), given[0].frames, len(given[0].after)) == (2, 3, 2)
     source = one.clip.video[0].permute(1, 2, 3, 0).cpu().numpy()
     # 2 frames of 8 a second begin a quarter of a second before the gap, 3 frames of 12 a second

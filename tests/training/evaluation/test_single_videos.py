@@ -143,6 +143,13 @@ def test_videos_that_move_alike_are_close_in_speed_and_direction():
     assert np.std(motion.MEASURE.run(None, moved([1, 2] * 4)).pooled["speed_distance"].replicates) > 0.003
 
 
+def test_a_model_of_a_third_of_the_rate_moves_as_far():
+    clips = [shifting(1, seed, 7) for seed in range(8)]
+    videos = [shifting(3, 20 + seed, 3).repeat_interleave(3, 1)[:, :7] for seed in range(8)]
+    found = materials.Fixed(materials.short(7, 7), materials.clips(clips), materials.generated(videos, every=3), {})
+    assert motion.MEASURE.run(None, found).pooled["speed_distance"].value < 0.005
+
+
 def test_motion_of_few_videos_or_single_frames_is_refused():
     found = moved([1] * 7)
     assert motion.MEASURE.run(None, found).notes == [
