@@ -207,7 +207,7 @@ def test_videos_of_each_length_are_measured_by_themselves(models, squares, tmp_p
     )
     groups = {(group["measure"], group["conditions"]["videos"][0]["frames"]): group["figures"] for group in made.groups}
     assert sorted(groups) == [("diversity", 9), ("diversity", 24), ("seams", 9), ("seams", 24)]
-    assert [len(groups["diversity", frames]["diversity"]["values"]) for frames in (9, 24)] == [2, 2]
+    assert [len(groups["diversity", n]["diversity_without_prompts"]["values"]) for n in (9, 24)] == [2, 2]
     assert not groups["seams", 9]  # all are made at once
     [(model, value)] = groups["seams", 24]["seam_ratio"]["values"].items()
     assert made.models[0]["digest"] == model and value["units"] == 2

@@ -177,9 +177,11 @@ def test_diversity_is_the_mean_over_pairs_of_each_prompt():
 
 def test_videos_without_prompts_are_drawn_themselves():
     videos = materials.noisy(5)
-    pooled = diversity.MEASURE.run(
+    [(name, pooled)] = diversity.MEASURE.run(
         None, materials.Fixed(materials.short(), [], materials.generated(videos), {})
-    ).pooled["diversity"]
+    ).pooled.items()
+    # which is not compared with that of one prompt
+    assert name == "diversity_without_prompts" and name in diversity.MEASURE.figures
     assert pooled.value == pytest.approx(np.mean([rmse(a, b) for a, b in combinations(videos, 2)]), rel=1e-5)
     for each, replicate in zip(draws(5, 100, 0)[:10], pooled.replicates, strict=False):
         pairs = [rmse(videos[i], videos[j]) for i in each for j in each if i != j]
@@ -190,7 +192,7 @@ def test_equal_videos_have_no_diversity_and_single_ones_none_to_tell():
     same = materials.noisy(1) * 3
     assert (
         diversity.MEASURE.run(None, materials.Fixed(materials.short(), [], materials.generated(same), {}))
-        .pooled["diversity"]
+        .pooled["diversity_without_prompts"]
         .value
         == 0
     )
@@ -206,7 +208,9 @@ def test_diversity_to_a_network_is_lpips():
     found = materials.Fixed(materials.short(), [], materials.generated(videos), {"perceptual": perceptual})
     signed = [video[None].float() / 127.5 - 1 for video in videos]
     expected = np.mean([float(lpips(perceptual, a, b)) for a, b in combinations(signed, 2)])
-    assert diversity_lpips.MEASURE.run(None, found).pooled["diversity_lpips"].value == pytest.approx(expected, rel=1e-5)
+    [(name, pooled)] = diversity_lpips.MEASURE.run(None, found).pooled.items()
+    assert name == "diversity_lpips_without_prompts" and name in diversity_lpips.MEASURE.figures
+    assert pooled.value == pytest.approx(expected, rel=1e-5)
 
 
 def test_vbench_figures_are_of_each_video():
