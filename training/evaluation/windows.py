@@ -113,6 +113,9 @@ def taken(name: str, window: Tensor, call: Callable[[], T]) -> T:
     try:
         return call()
     except (RuntimeError, ValueError, torch.jit.Error) as e:
+        # left out, the figure would be there for other models alone; TorchScript makes another error of it
+        if isinstance(e, torch.OutOfMemoryError) or "CUDA out of memory" in str(e):
+            raise torch.OutOfMemoryError(str(e)) from e
         what = f"{window.shape[2]} frames of {window.shape[3]}x{window.shape[4]}"
         why = next(iter(str(e).strip().splitlines()[-1:]), type(e).__name__)[:120]
         raise UserError(f"{name}: takes no videos of {what} ({why}); change chunk or clips of the suite") from e

@@ -109,6 +109,16 @@ def test_drift_is_the_angle_between_a_chunk_and_the_first():
     assert curve == pytest.approx([1 - math.cos(n * math.pi / 6) for n in range(4)], abs=1e-6)
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), RuntimeError("CUDA out of memory. Tried to")])
+def test_a_full_gpu_is_not_taken_for_a_video_that_the_network_refuses(error):
+    def full(levels):
+        raise error
+
+    found = long(materials.noisy(2, frames=8))._replace(networks={"features": materials.network("full", full)})
+    with pytest.raises(torch.OutOfMemoryError):
+        drift.MEASURE.run(None, found)
+
+
 @pytest.mark.parametrize("piece", [1, 2, 5, 40])
 def test_seams_are_those_of_whole_videos_however_they_are_read(piece):
     videos = materials.noisy(5, frames=20)
