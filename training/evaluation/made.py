@@ -336,13 +336,13 @@ class Made:
     ) -> files.Kept:
         """What a model has made when it was asked so before; else it is made now."""
         folder = self.home / subject.digest[:12] / files.key_of(asked)
-        found = files.find(folder)
+        found, parts = files.find(folder), folder / "parts"
         if found is None:
-            parts = folder / "parts"
             went_on = parts.exists()
             torch.manual_seed(self.suite.seed)
             found = files.keep(folder, make(parts), fps, {"asked": asked, **facts}, timed=not went_on)
-            files.forget(parts)
+        # also where a process was killed before it did
+        files.forget(parts)
         self._shown[str(folder)] = {**facts, "file": self._place(found)}
         return found
 

@@ -84,6 +84,10 @@ def test_videos_are_made_once_for_a_prompt_seed_length_and_settings(
     again = list(material_of(squares, tmp_path).generated(model, Videos(frames=9, seeds=(0, 1, 2))))
     assert len(calls) == 3
     assert torch.equal(whole(first[1]), whole(again[1]))
+    # a process that is killed as soon as a video is whole leaves its parts
+    (left := (tmp_path / first[0].file).parent / "parts").mkdir()
+    list(material_of(squares, tmp_path).generated(model, Videos(frames=9, seeds=(0,))))
+    assert not left.exists() and len(calls) == 3
     # a shorter one is the beginning of one that needs as many latents, as another suite of other clips is
     list(material_of(squares, tmp_path, judged.suite(seed=4)).generated(model, Videos(frames=8, seeds=(0,))))
     assert len(calls) == 3
