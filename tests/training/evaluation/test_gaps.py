@@ -145,7 +145,7 @@ def test_a_memory_is_measured_by_age_beside_its_bound_and_the_last_frame() -> No
 
 def test_an_image_encoder_is_named_by_its_digest_and_refused_in_one_line(tmp_path: Path) -> None:
     own = Brought(Networks(embedder="own"), suite().clips)
-    assert own.record(["embedder"]) == {"embedder": {"digest": OWN.digest, "embedding": "pixels"}}
+    assert own.record(["embedder"]) == {"embedder": {"digest": OWN.digest, "embedding": "pixels", "resize": 32}}
     network = tmp_path / "videos.pt"
     torch.jit.script(OfVideos()).save(network)
     for name, said in (("videos.pt", "takes whole videos; name a network of pictures"), ("none.pt", "no such file")):
