@@ -146,10 +146,10 @@ def test_a_table_has_spread_and_verdict(claims: ModuleType, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("better", "first", "second", "said"),
     [
-        ("higher", [3.0, 3.2], [2.0, 2.1], "holds"),
-        ("lower", [3.0, 3.2], [2.0, 2.1], "does not hold, the reverse does"),
-        ("higher", [1.0, 3.0], [0.9, 2.9], "does not hold, they overlap"),
-        ("higher", [3.0], [2.0, 2.1], "undecided, too few seeds"),
+        ("higher", [3.0, 3.1, 3.2], [2.0, 2.1, 2.2], "holds"),
+        ("lower", [3.0, 3.1, 3.2], [2.0, 2.1, 2.2], "does not hold, the reverse does"),
+        ("higher", [1.0, 2.0, 3.0], [0.9, 1.9, 2.9], "does not hold, they overlap"),
+        ("higher", [3.0, 3.2], [2.0, 2.1, 2.2], "undecided, too few seeds"),
     ],
 )
 def test_a_claim_holds_where_the_spreads_are_apart(

@@ -9,7 +9,7 @@ have changed since. `table` refuses results of other settings. By default they a
 pages show; `--short`, ten minutes a paper, says whether all of it runs, not whether a claim holds, and keeps its results in
 the folder of work. A run may be killed and started again; of two that come to the same seed of a paper, one waits.
 
-A claim holds where mean ± standard deviation over the seeds of the arms that it compares do not overlap.
+A claim holds where mean ± standard deviation over the seeds of the arms that it compares, three at least, do not overlap.
 """
 
 import argparse
@@ -44,6 +44,7 @@ from longtake.datasets import storage  # noqa: E402
 
 RESULTS = HERE / "claimed" / "results"
 TRAINING = HERE.parents[1] / "training"
+LEAST = 3  # seeds of an arm, for a verdict
 BEGIN, END = "<!-- claims -->", "<!-- /claims -->"
 PAPERS = tuple(sorted(module.name for module in pkgutil.iter_modules(claimed.__path__) if module.name[0] != "_"))
 
@@ -137,8 +138,8 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
 
 
 def verdict(better: str, first: Sequence[float], second: Sequence[float]) -> str:
-    """Whether the first values are better than the second: holds, does not hold, or undecided with fewer than two of either."""
-    if min(len(first), len(second)) < 2:
+    """Whether the first values are better than the second: holds, does not hold, or undecided of fewer seeds than `LEAST`."""
+    if min(len(first), len(second)) < LEAST:
         return "undecided, too few seeds"
     (mean, deviation), (other, of_other) = spread(first), spread(second)
     ahead, both = mean - other if better == "higher" else other - mean, deviation + of_other
