@@ -140,6 +140,7 @@ def test_a_table_has_spread_and_verdict(claims: ModuleType, tmp_path: Path) -> N
     table = claims.table(tmp_path, "pv_vae", claim)
     assert "Seeds: 3." in table
     assert "| distance (↓) | 11.1 ± 0.1 | 1.10 ± 0.10 | 1.5 (table 2) |" in table
+    assert "| score (↑) | 2.00 ± 0.00 | 2.00 ± 0.00 | – |" in table
     assert "- +more against plain, distance: holds." in table
 
 

@@ -153,7 +153,7 @@ def verdict(better: str, first: Sequence[float], second: Sequence[float]) -> str
 
 
 def table(out: Path, paper: str, claim: Claim, short: bool = False) -> str:
-    """A claim in Markdown: what the paper says, mean ± sd of each figure by arm beside the paper's, and what holds."""
+    """A claim in Markdown: what the paper says, mean ± sd of each figure by arm beside the paper's, if any, and what holds."""
     records = results_of(out, paper, claim, short)
     values = {
         (figure, arm): [r["figures"][figure] for r in records[arm] if figure in r["figures"]]
@@ -165,15 +165,14 @@ def table(out: Path, paper: str, claim: Claim, short: bool = False) -> str:
         return wrapped(f"**{claim.name}**: {claim.says} Not run yet.") + "\n"
     count = "–".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
     lines = [wrapped(f"**{claim.name}**: {claim.says} Seeds: {count}."), ""]
-    with_paper = any(shown.paper for shown in claim.figures.values())
-    head = ["", *claim.arms, *(["the paper's"] if with_paper else [])]
+    head = ["", *claim.arms, "the paper's"]
     lines += ["| " + " | ".join(head).strip() + " |", "|" + "-|" * len(head)]
     for figure, shown in claim.figures.items():
         if not any(values[figure, arm] for arm in claim.arms):
             continue
         cells = [f"{shown.name} ({'↑' if shown.better == 'higher' else '↓'})"]
         cells += [cell(values[figure, arm]) for arm in claim.arms]
-        lines.append("| " + " | ".join([*cells, *([shown.paper] if with_paper else [])]) + " |")
+        lines.append("| " + " | ".join([*cells, shown.paper or "–"]) + " |")
     lines.append("")
     for better, other, figure in claim.holds:
         shown = claim.figures[figure]
