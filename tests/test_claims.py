@@ -140,16 +140,17 @@ def test_a_table_has_spread_and_verdict(claims: ModuleType, tmp_path: Path) -> N
     table = claims.table(tmp_path, "pv_vae", claim)
     assert "Seeds: 3." in table
     assert "| distance (↓) | 11.1 ± 0.1 | 1.10 ± 0.10 | 1.5 (table 2) |" in table
+    assert "| score (↑) | 2.00 ± 0.00 | 2.00 ± 0.00 | – |" in table
     assert "- +more against plain, distance: holds." in table
 
 
 @pytest.mark.parametrize(
     ("better", "first", "second", "said"),
     [
-        ("higher", [3.0, 3.2], [2.0, 2.1], "holds"),
-        ("lower", [3.0, 3.2], [2.0, 2.1], "does not hold, the reverse does"),
-        ("higher", [1.0, 3.0], [0.9, 2.9], "does not hold, they overlap"),
-        ("higher", [3.0], [2.0, 2.1], "undecided, too few seeds"),
+        ("higher", [3.0, 3.1, 3.2], [2.0, 2.1, 2.2], "holds"),
+        ("lower", [3.0, 3.1, 3.2], [2.0, 2.1, 2.2], "does not hold, the reverse does"),
+        ("higher", [1.0, 2.0, 3.0], [0.9, 1.9, 2.9], "does not hold, they overlap"),
+        ("higher", [3.0, 3.2], [2.0, 2.1, 2.2], "undecided, too few seeds"),
     ],
 )
 def test_a_claim_holds_where_the_spreads_are_apart(

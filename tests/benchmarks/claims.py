@@ -9,7 +9,7 @@ have changed since. `table` refuses results of other settings. By default they a
 pages show; `--short`, ten minutes a paper, says whether all of it runs, not whether a claim holds, and keeps its results in
 the folder of work. A run may be killed and started again; of two that come to the same seed of a paper, one waits.
 
-A claim holds where mean ± standard deviation over the seeds of the arms that it compares do not overlap.
+A claim holds where mean ± standard deviation over the seeds of the arms that it compares, three at least, do not overlap.
 """
 
 import argparse
@@ -44,6 +44,7 @@ from longtake.datasets import storage  # noqa: E402
 
 RESULTS = HERE / "claimed" / "results"
 TRAINING = HERE.parents[1] / "training"
+LEAST = 3  # seeds of an arm, for a verdict
 BEGIN, END = "<!-- claims -->", "<!-- /claims -->"
 PAPERS = tuple(sorted(module.name for module in pkgutil.iter_modules(claimed.__path__) if module.name[0] != "_"))
 
@@ -137,8 +138,8 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
 
 
 def verdict(better: str, first: Sequence[float], second: Sequence[float]) -> str:
-    """Whether the first values are better than the second: holds, does not hold, or undecided with fewer than two of either."""
-    if min(len(first), len(second)) < 2:
+    """Whether the first values are better than the second: holds, does not hold, or undecided of fewer seeds than `LEAST`."""
+    if min(len(first), len(second)) < LEAST:
         return "undecided, too few seeds"
     (mean, deviation), (other, of_other) = spread(first), spread(second)
     ahead, both = mean - other if better == "higher" else other - mean, deviation + of_other
@@ -152,7 +153,7 @@ def verdict(better: str, first: Sequence[float], second: Sequence[float]) -> str
 
 
 def table(out: Path, paper: str, claim: Claim, short: bool = False) -> str:
-    """A claim in Markdown: what the paper says, mean ± sd of each figure by arm beside the paper's, and what holds."""
+    """A claim in Markdown: what the paper says, mean ± sd of each figure by arm beside the paper's, if any, and what holds."""
     records = results_of(out, paper, claim, short)
     values = {
         (figure, arm): [r["figures"][figure] for r in records[arm] if figure in r["figures"]]
@@ -164,15 +165,14 @@ def table(out: Path, paper: str, claim: Claim, short: bool = False) -> str:
         return wrapped(f"**{claim.name}**: {claim.says} Not run yet.") + "\n"
     count = "–".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
     lines = [wrapped(f"**{claim.name}**: {claim.says} Seeds: {count}."), ""]
-    with_paper = any(shown.paper for shown in claim.figures.values())
-    head = ["", *claim.arms, *(["the paper's"] if with_paper else [])]
+    head = ["", *claim.arms, "the paper's"]
     lines += ["| " + " | ".join(head).strip() + " |", "|" + "-|" * len(head)]
     for figure, shown in claim.figures.items():
         if not any(values[figure, arm] for arm in claim.arms):
             continue
         cells = [f"{shown.name} ({'↑' if shown.better == 'higher' else '↓'})"]
         cells += [cell(values[figure, arm]) for arm in claim.arms]
-        lines.append("| " + " | ".join([*cells, *([shown.paper] if with_paper else [])]) + " |")
+        lines.append("| " + " | ".join([*cells, shown.paper or "–"]) + " |")
     lines.append("")
     for better, other, figure in claim.holds:
         shown = claim.figures[figure]

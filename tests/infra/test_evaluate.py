@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import evaluated
 import judged
 import mlflow
 import pytest
@@ -23,8 +24,8 @@ from longtake.infra import graph, recipe, runner
 from longtake.infra.cli.evaluate import suite_of
 from longtake.training import registry
 from longtake.training.evaluation import evaluate as stage
-from longtake.training.evaluation import table
-from longtake.training.evaluation.suite import Suite, builtin
+from longtake.training.evaluation import run, table
+from longtake.training.evaluation.suite import Networks, Suite, builtin
 from longtake.training.registry import aliases, log
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -143,6 +144,34 @@ def test_a_registered_model_is_measured_by_its_alias_beside_a_folder(
     assert runs["models:/pv-vae@champion"].data.metrics["psnr_low"] == value["low"]
 
 
+@pytest.mark.usefixtures("own_store")
+def test_an_alias_that_moves_meanwhile_names_the_version_that_it_named_first(
+    models: Path, squares: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_store: Callable[[Path], None]
+) -> None:
+    with_store(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("LONGTAKE_CACHE", str(tmp_path / "cache"))
+    with aliases.run_in(log.experiment("trained", f"{tmp_path}/artifacts"), "codecs") as run_id:
+        registry.register(models / "vae", "codec", run_id)
+    with aliases.run_in(log.experiment("trained", f"{tmp_path}/artifacts"), "codecs") as run_id:
+        registry.register(models / "vqgan", "codec", run_id)
+    aliases.put("codec", "champion", "1")
+
+    uris, lines = [str(models / "vqgan"), "models:/codec@champion"], list[str]()
+
+    def say(line: str) -> None:
+        lines.append(line)
+        aliases.put("codec", "champion", "2")
+
+    suite = judged.suite(measures=("reconstruction",))
+    made = run.evaluate(uris, squares, None, suite, Networks(), tmp_path / "out", say)
+    assert lines == [f"{uri}: reconstruction" for uri in uris]
+    folder, registered = made.models
+    assert registered["pinned"] == "models:/codec/1"
+    psnr = made.groups[0]["figures"]["psnr"]["values"]
+    assert psnr[registered["digest"]]["value"] != psnr[folder["digest"]]["value"]
+
+
 def test_suites_of_the_package_and_of_files(tmp_path: Path) -> None:
     suites = {name: suite_of(name) for name in builtin()}
     assert {"default", "gap", "long", "recall", "text"} <= suites.keys()
@@ -183,6 +212,17 @@ def test_a_stage_evaluates_and_is_reused(
     assert runner.run_stage(graph.pin(loaded), "judge") == {"uri": node.output}
     (Path(node.output) / found.videos[0]["file"]).unlink()
     assert not stage.complete(node.output)
+
+
+def test_a_figure_of_videos_of_two_lengths_is_two_metrics() -> None:
+    groups = [
+        evaluated.group("drift", {"drift": ("lower", {"a": evaluated.value(level)})}, digest=digest, videos=[length])
+        for digest, length, level in (("1", {"frames": 1024}, 0.25), ("2", {"seconds": 60}, 0.5))
+    ]
+    groups.append(evaluated.group("motion", {"speed_distance": ("lower", {"a": evaluated.value(0.125)})}))
+    made = table.Table([evaluated.model("vae", "a")], groups, [], [])
+    figures = {"drift.drift.11111111.0": 0.25, "drift.drift.22222222.0": 0.5, "speed_distance.0": 0.125}
+    assert stage.metrics(made) == {"models": 1.0} | figures
 
 
 def test_each_model_of_a_list_is_an_input_whose_stage_may_be_renamed(squares: str, tmp_path: Path) -> None:

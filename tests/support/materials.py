@@ -47,6 +47,9 @@ class Fixed(NamedTuple):
     def retrieved(self, subject: Subject) -> Iterator[Retrieved]:
         yield from self.recalls
 
+    def close(self) -> None:
+        pass
+
     def generator(self, subject: Subject) -> Any:
         return self.networks["generator"]
 
@@ -98,9 +101,18 @@ def clips(videos: Sequence[Tensor], units: Sequence[str] | None = None) -> list[
 
 
 def generated(
-    videos: Sequence[Tensor], prompts: Sequence[str] | None = None, joints: Sequence[int] = (), piece: int | None = None
+    videos: Sequence[Tensor],
+    prompts: Sequence[str] | None = None,
+    joints: Sequence[int] = (),
+    piece: int | None = None,
+    every: int = 1,
 ) -> list[Generated]:
-    """Generated videos (3, T, H, W) uint8; `piece` cuts what `frames` gives into other pieces than are asked for."""
+    """Generated videos (3, T, H, W) uint8.
+
+    Args:
+        piece: cuts what `frames` gives into other pieces than are asked for.
+        every: how many frames show one of the model's.
+    """
 
     def frames(video: Tensor, chunk: int = 16) -> Iterator[Tensor]:
         return iter(video[None].split(piece or chunk, 2))
@@ -110,7 +122,18 @@ def generated(
         key, prompt = f"video-{number:03d}", prompts[number] if prompts else None
         length = video.shape[1]
         found.append(
-            Generated(prompt or key, key, number, prompt, length, partial(frames, video), joints, 0.0, f"{key}.mp4")
+            Generated(
+                prompt or key,
+                key,
+                number,
+                prompt,
+                length,
+                partial(frames, video),
+                joints,
+                range(0, length, every),
+                0.0,
+                f"{key}.mp4",
+            )
         )
     return found
 

@@ -57,6 +57,16 @@ def ticks(count: int, fps: float, rate: float) -> list[int]:
     return [math.floor(number * rate / fps + _ALMOST) for number in range(count)]
 
 
+def changing(count: int, fps: float, rate: float, first: int = 0) -> list[int]:
+    """Those of `count` frames at `fps` that show another frame of a video of `rate` than the one before: all of a high rate.
+
+    Args:
+        first: the frame that shows the video's first one; it goes on before.
+    """
+    shown = [math.floor((number - first) * rate / fps + _ALMOST) for number in range(-1, count)]
+    return [number for number in range(count) if shown[number + 1] != shown[number]]
+
+
 def frames_needed(count: int, fps: float, rate: float) -> int:
     """The frames at `rate` that `count` frames at `fps` are taken from."""
     return math.floor((count - 1) * rate / fps + _ALMOST) + 1

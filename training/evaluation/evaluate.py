@@ -10,8 +10,8 @@ from pydantic import BeforeValidator, Field
 from longtake.datasets import storage
 from longtake.datasets.errors import UserError
 from longtake.datasets.stage import DatasetInput, Input, StageConfig, ViewInput
+from longtake.training.evaluation import figures, table, tracked
 from longtake.training.evaluation import run as running
-from longtake.training.evaluation import table, tracked
 from longtake.training.evaluation.suite import Networks, Suite, named
 from longtake.training.metrics.features import digest_of
 from longtake.training.models.common.pictures import OWN
@@ -81,10 +81,9 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
 
 
 def metrics(made: table.Table) -> dict[str, float]:
-    """The figures of all models, as metrics FIGURE.N of the run, where N is the model's number in the table."""
+    """The figures of all models, as metrics NAME.N of the run: N is the model's number in the table, NAME as `figures.named`."""
     numbers = {model["digest"]: number for number, model in enumerate(made.models)}
     found = {"models": float(len(made.models))}
-    for group in made.groups:
-        for name, figure in group["figures"].items():
-            found |= {f"{name}.{numbers[digest]}": value["value"] for digest, value in figure["values"].items()}
+    for name, figure in figures.named(made).items():
+        found |= {f"{name}.{numbers[digest]}": value["value"] for digest, value in figure.values.items()}
     return found

@@ -16,7 +16,7 @@ from longtake.training.engines import device
 from longtake.training.evaluation import asking
 from longtake.training.evaluation import clips as heldout
 from longtake.training.evaluation import videos as files
-from longtake.training.evaluation.clips import Heldout, Part, frames_needed, listing, ticks
+from longtake.training.evaluation.clips import Heldout, Part, changing, frames_needed, listing, ticks
 from longtake.training.evaluation.material import Clip, Filled, Generated, Retrieved
 from longtake.training.evaluation.networks import Brought
 from longtake.training.evaluation.subject import Subject
@@ -162,7 +162,8 @@ class Made:
             made = self._kept(subject, asked, rate, make, facts)
             yield Generated(
                 each.words or key, key, seed, each.words, length, partial(self._read, made, length),
-                [joint for joint in joints if joint < length], math.nan if (took := made.facts["seconds"]) is None else took,
+                [joint for joint in joints if joint < length], changing(length, self.fps, rate),
+                math.nan if (took := made.facts["seconds"]) is None else took,
                 self._place(made),
             )  # fmt: skip
 
@@ -183,6 +184,7 @@ class Made:
             settings = with_changes(infiller.settings, asking.known(self.suite.settings, infiller.settings))
         context, gap = self.suite.gaps.context, self.suite.gaps.frames
         beside, inside = asking.gap_at(self.suite.gaps, self.fps, infiller)
+        own = changing(self._frames["fills"], self.fps, infiller.fps, context)
         common = {"beside": beside, "inside": inside, "settings": asking.plain(settings)}
         for part in self.parts("fills"):
             clip = self._clip(part, self._frames["fills"])
@@ -192,7 +194,7 @@ class Made:
                 facts = {"key": clip.key, "aspect": "fills", "prompt": prompt, "seed": seed}
                 make = partial(self._fill, subject, infiller, part, prompt, seed, settings)
                 made = self._kept(subject, asked, infiller.fps, make, facts)
-                yield Filled(clip, context, torch.cat(list(self._read(made, gap)), 2))
+                yield Filled(clip, context, torch.cat(list(self._read(made, gap)), 2), own)
 
     def _fill(
         self,
@@ -270,10 +272,19 @@ class Made:
         made: Retriever = self._opened(subject, "retriever")
         return made
 
+    def close(self) -> None:
+        """Forget a model's door, with all that it holds on the device."""
+        self._door = ("", "", None)
+        torch.cuda.empty_cache()
+
     def _opened(self, subject: Subject, name: Literal["generator", "infiller", "retriever"]) -> Any:
         if self._door[:2] != (subject.digest, name):
             make = getattr(subject.kind, name)
-            self._door = (subject.digest, name, make(subject.uri, subject.module, subject.facts, None, torch.float32))
+            self._door = (
+                subject.digest,
+                name,
+                make(subject.pinned, subject.module, subject.facts, None, torch.float32),
+            )
         self._note(self._door[2])
         return self._door[2]
 
@@ -325,13 +336,13 @@ class Made:
     ) -> files.Kept:
         """What a model has made when it was asked so before; else it is made now."""
         folder = self.home / subject.digest[:12] / files.key_of(asked)
-        found = files.find(folder)
+        found, parts = files.find(folder), folder / "parts"
         if found is None:
-            parts = folder / "parts"
             went_on = parts.exists()
             torch.manual_seed(self.suite.seed)
             found = files.keep(folder, make(parts), fps, {"asked": asked, **facts}, timed=not went_on)
-            files.forget(parts)
+        # also where a process was killed before it did
+        files.forget(parts)
         self._shown[str(folder)] = {**facts, "file": self._place(found)}
         return found
 

@@ -33,6 +33,7 @@ class Generated(NamedTuple):
     key       of it among the model's videos
     frames    `frames()` reads it again from the disk: chunks uint8 (1, 3, t, H, W) of the suite's size and rate
     joints    numbers of the frames at which another window, segment or clip begins, at the suite's rate
+    own       numbers of the frames that show another one of the model's than the frame before: all, unless its rate is lower
     seconds   that it took to make; nan where it was made in more than one go
     file      an mp4 to look at, in the evaluation's folder
     """
@@ -44,6 +45,7 @@ class Generated(NamedTuple):
     length: int
     frames: Frames
     joints: Sequence[int]
+    own: Sequence[int]
     seconds: float
     file: str
 
@@ -53,11 +55,17 @@ class Frames(Protocol):
 
 
 class Filled(NamedTuple):
-    """A gap that a model has filled, or that was cut out of a held-out clip: `made` and the frames beside it are uint8."""
+    """A gap in a held-out clip that a model has filled.
+
+    begin   the first frame of the gap
+    made    uint8 (1, 3, gap, H, W)
+    own     numbers of the clip's frames at the model's rate, where that is lower than the suite's; else all
+    """
 
     clip: Clip
     begin: int
-    made: Tensor  # (1, 3, gap, H, W)
+    made: Tensor
+    own: Sequence[int]
 
 
 class Retrieved(NamedTuple):
@@ -95,6 +103,9 @@ class Material(Protocol):
 
     def retrieved(self, subject: Subject) -> Iterator[Retrieved]:
         """Clips of up to `suite.seconds`, as much of them as the memory holds, at the suite's rate."""
+
+    def close(self) -> None:
+        """Forget what was opened of a model, with all that it holds on the device; it is opened again where it is needed."""
 
     def generator(self, subject: Subject) -> Generator: ...
 

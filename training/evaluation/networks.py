@@ -82,9 +82,11 @@ class Brought:
         record: dict[str, Any] = {}
         for name in names:
             if name in FOLDERS:
-                record[name] = {"digest": digest_of(getattr(self, name))}
+                record[name] = {"digest": digest_of(getattr(self, name)), "resize": "by its preprocessor config"}
             elif name == "embedder":
-                record[name] = {"digest": self.embedder.digest, "embedding": self.embedder.pooling}
+                embedder = self.embedder
+                facts = {"embedding": embedder.pooling, "resize": embedder.resize or "none"}
+                record[name] = {"digest": embedder.digest, **facts}
             else:
                 record[name] = getattr(self, name).record()
             if name == "perceptual" and self._named.linear:

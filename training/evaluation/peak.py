@@ -33,7 +33,7 @@ def measured(uri: str, suite: Suite) -> Peak:
     """The peak of a model that does each thing of a suite once.
 
     Raises:
-        UserError: the model does not take the suite; no Linux.
+        UserError: the model does not take the suite; the memory is too small for it; no Linux.
         Failure: the process ended early.
     """
     if not torch.cuda.is_available() and not _STATUS.exists():
@@ -44,8 +44,14 @@ def measured(uri: str, suite: Suite) -> Peak:
         said = (done.stderr.strip().splitlines() or ["nothing was said"])[-1]
         if done.returncode == _REFUSED:
             raise UserError(said)
+        if done.returncode < 0:
+            raise UserError(_too_small(uri, f"signal {-done.returncode} ended the process that measures it"))
         raise Failure(f"memory: {uri}: the process that measures it ended with {done.returncode}: {said}")
     return Peak(*json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def _too_small(uri: str, what: str) -> str:
+    return f"memory: {uri}: {what}, as where memory runs out; make suite.clips or suite.videos smaller"
 
 
 def _now() -> int:
@@ -63,6 +69,9 @@ def main() -> int:
             each.run()
     except UserError as e:
         print(e, file=sys.stderr)
+        return _REFUSED
+    except (torch.OutOfMemoryError, MemoryError) as e:
+        print(_too_small(sys.argv[1], type(e).__name__), file=sys.stderr)
         return _REFUSED
     print(json.dumps([_now(), before]))
     return 0

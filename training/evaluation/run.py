@@ -72,7 +72,9 @@ def evaluate(
         place = folder / RESULTS / model.digest[:12]
         # before its results, which name it in the tables of other models
         storage.write(str(place / MODEL), storage.canonical_json(_facts(model)))
+        # before the next one is loaded, since the device may have no room for both
         loaded: Subject | None = None
+        material.close()
         for task in tasks:
             if not _concerns(task.measure, task.name, model):
                 continue
@@ -80,7 +82,7 @@ def evaluate(
             if _is_there(path, folder):
                 say(f"{model.uri}: {task.name}: is there")
                 continue
-            loaded = loaded or subject.load(model.uri)
+            loaded = loaded or subject.loaded(model)
             say(f"{model.uri}: {task.name}")
             try:
                 found = _measured(task, loaded, material)
@@ -90,7 +92,7 @@ def evaluate(
                 continue
             storage.write(str(path), storage.canonical_json(table.plain(found)))
         if for_vbench and model.kind.generator:
-            loaded = loaded or subject.load(model.uri)
+            loaded = loaded or subject.loaded(model)
             _write_for_vbench(loaded, material, for_vbench / _short(model), folder)
             say(f"{model.uri}: its videos for VBench are in {for_vbench / _short(model)}")
         measured = any(_concerns(task.measure, task.name, model) for task in tasks)

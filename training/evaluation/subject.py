@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,6 +85,19 @@ def load(uri: str) -> Subject:
     if kind.complete:
         facts = dict(kind.complete(pinned, facts))
     return Subject(uri, pinned, digest_of(facts), facts, kind, module.to(device()).eval())
+
+
+def loaded(named: Named) -> Subject:
+    """A described model with its weights: its version, wherever its alias points by now.
+
+    Raises:
+        UserError: its folder has another model by now.
+        Failure: as `load`.
+    """
+    subject = load(named.pinned)
+    if subject.digest != named.digest:
+        raise UserError(f"{named.uri}: has changed since this evaluation began; run the same command again")
+    return replace(subject, uri=named.uri)
 
 
 def digest_of(facts: Mapping[str, Any]) -> str:

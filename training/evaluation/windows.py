@@ -113,6 +113,9 @@ def taken(name: str, window: Tensor, call: Callable[[], T]) -> T:
     try:
         return call()
     except (RuntimeError, ValueError, torch.jit.Error) as e:
+        # left out, the figure would be there for other models alone; TorchScript makes another error of it
+        if isinstance(e, torch.OutOfMemoryError) or "CUDA out of memory" in str(e):
+            raise torch.OutOfMemoryError(str(e)) from e
         what = f"{window.shape[2]} frames of {window.shape[3]}x{window.shape[4]}"
         why = next(iter(str(e).strip().splitlines()[-1:]), type(e).__name__)[:120]
         raise UserError(f"{name}: takes no videos of {what} ({why}); change chunk or clips of the suite") from e
@@ -123,10 +126,9 @@ def dual_encoder(material: Material) -> dual.Dual:
     return dual.load(opened(material.folder("dual"), "dual"), str(device()))
 
 
-def pictures(encoder: dual.Dual, window: Tensor, places: Sequence[int] | None = None) -> Tensor:
-    """The vectors of a window's frames, or of those at some places, (T, D) of length 1."""
-    frames = to_pixels(window[0].permute(1, 2, 3, 0))
-    return torch.from_numpy(encoder.pictures((frames if places is None else frames[places]).cpu().numpy()))
+def pictures(encoder: dual.Dual, window: Tensor) -> Tensor:
+    """The vectors of a window's frames, (T, D) of length 1."""
+    return torch.from_numpy(encoder.pictures(to_pixels(window[0].permute(1, 2, 3, 0)).cpu().numpy()))
 
 
 class Side(NamedTuple):

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longtake.training.metrics.motion import dense_flow
+from longtake.training.metrics.motion import Matching, dense_flow
 from longtake.training.metrics.swap import movement
 
+REACH = Matching().radius  # pixels from frame to frame that are seen
 _SIDE = 64  # pixels
 _PAIRS = 4  # of neighbouring frames of a video
 _TOP = 0.05  # share of the pixels that move most [VBench]
@@ -70,17 +71,22 @@ def flickering(video: Tensor) -> Tensor:
     return 1 - video.float().diff(dim=2).abs().mean((1, 2, 3, 4)) / 2
 
 
+def least_movement(size: tuple[int, int], fps: float) -> float:
+    """The pixels from frame to frame, of videos of this size as `small` makes them, beyond which `is_dynamic` says that they move."""
+    return max(1.0, 8 / fps) * 6 * min(*size, _SIDE) / 256
+
+
 def is_dynamic(video: Tensor, fps: float) -> Tensor:
     """Whether videos move, `(B,)` of 0 and 1: `dynamic_degree` of VBench (arXiv 2311.17982), by our flow in place of RAFT's.
 
     Of frames at 8 a second: whether the pixels that move most move by 6/256 of the shorter side, or by as much more as
-    frames are rarer, in a quarter of the frames.
+    frames are rarer, in a quarter of the frames. Block matching sees no movement of more than `REACH` (see `least_movement`).
 
     Args:
         video: (B, 3, T, H, W) in [-1, 1].
     """
     frames = small(video)[:, :, :: max(1, round(fps / 8))]
-    threshold = max(1.0, 8 / fps) * 6 * min(frames.shape[-2:]) / 256
+    threshold = least_movement((video.shape[-2], video.shape[-1]), fps)
     needed = round(4 * frames.shape[2] / 16)
     moves = []
     for clip in frames:

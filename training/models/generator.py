@@ -71,6 +71,9 @@ class Settings:
             object.__setattr__(self, "guidance", guidance_of(self.guidance))
         except ValueError as e:
             raise ValueError(f"guidance: {e}") from e
+        # of 0 the time of pure noise is 0 divided by 0
+        if not isinstance(self.shift, Real) or not 0 < self.shift < math.inf:
+            raise ValueError(f"shift: {self.shift!r} is no number above 0")
         if self.content not in ("encode", "keep"):
             raise ValueError(f"content: {self.content!r} is neither encode nor keep")
         if self.solver not in ("euler", "unipc"):

@@ -42,6 +42,7 @@ class ImageEncoder(Protocol):
     width    channels of a token
     digest   of all that decides the tokens
     pooling  what an embedding is: the pixels themselves, or tokens that are pooled, or pooled and projected as CLIP's are
+    resize   pixels of both sides that frames are scaled to; None: they are taken as they are
     """
 
     @property
@@ -52,6 +53,9 @@ class ImageEncoder(Protocol):
 
     @property
     def pooling(self) -> Literal["pixels", "pooled", "projected"]: ...
+
+    @property
+    def resize(self) -> int | None: ...
 
     def tokens(self, frames: Tensor) -> Tensor:
         """Frames (N, 3, H, W) in [-1, 1] -> tokens (N, K, width), fp32."""
@@ -67,6 +71,7 @@ class OwnFrames:
     width: int = 3 * 16 + _PLACE
     digest: str = "own-2"
     pooling: Literal["pixels"] = "pixels"
+    resize: int = 4 * _GRID
 
     def tokens(self, frames: Tensor) -> Tensor:
         return _placed(self._cells(frames))
@@ -77,7 +82,7 @@ class OwnFrames:
 
     def _cells(self, frames: Tensor) -> Tensor:
         """(N, 48, 8, 8)"""
-        pixels = F.interpolate(frames.float(), (4 * _GRID, 4 * _GRID), mode="area")
+        pixels = F.interpolate(frames.float(), (self.resize, self.resize), mode="area")
         return fold(pixels[:, :, None], 1, 4)[:, :, 0]
 
 
@@ -92,6 +97,10 @@ class NetworkFrames:
     @property
     def digest(self) -> str:
         return f"{self.network.digest}-{self.network.pixels}-2"
+
+    @property
+    def resize(self) -> int | None:
+        return self.network.resize
 
     def tokens(self, frames: Tensor) -> Tensor:
         return _placed(feature_maps(self.network, frames)[-1].float())
@@ -113,6 +122,10 @@ class ClipFrames:
     side: int
     digest: str
     pooling: Literal["pooled", "projected"]
+
+    @property
+    def resize(self) -> int:
+        return self.side
 
     def tokens(self, frames: Tensor) -> Tensor:
         states: Tensor = self._seen(frames).last_hidden_state

@@ -115,7 +115,7 @@ FIGURES = {
     "distance inside": Shown("the same between joints", "lower"),
     # a still video has no joints that show
     "change": Shown("change from frame to frame beside real, absolute log", "lower"),
-    "contrast": Shown("contrast of the last 16 frames beside the first frame", "higher"),
+    "contrast": Shown("contrast of the last 16 frames beside the first frame, real about 1", "higher"),
     "error": Shown("error of held-out clips, L1", "lower"),
     "copying": Shown("that of repeating the first frame", "lower"),
 }

@@ -115,7 +115,8 @@ CLAIMS = [
         "mavin",
         "spans",
         "Spans of any length teach a model to fill gaps, better than spans of one length or single frames do, and the "
-        "frames at the ends tell it what the body is. Training has gaps of up to 12 frames.",
+        "frames at the ends tell it what the body is. Training has gaps of up to 12 frames. The paper's own figure is another: "
+        "CLIP-RS of 0.844 for horses and of 0.846 for tigers (key results).",
         {arm: mavin_arms.ARMS[name] for arm, name in ARMS.items()} | dict.fromkeys(WITHOUT),
         FIGURES,
         [

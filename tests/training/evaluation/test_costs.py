@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from pathlib import Path
 
 import judged
@@ -85,6 +87,21 @@ def test_a_model_takes_as_much_memory_as_its_own_process_and_a_larger_clip_more(
     assert found.pooled["memory_gb"].units == 1 and not found.pooled["memory_gb"].replicates
     large = suite(clips={"frames": 33, "size": (256, 256)})
     assert peak.measured(str(models / "vae"), large).most / 1e9 - value > 33 * 256 * 256 * 3 * 4 / 1e9
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA\nis full"), MemoryError()])
+def test_a_memory_that_is_too_small_is_one_line_of_the_other_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    def full(uri: str) -> None:
+        raise error
+
+    monkeypatch.setattr(peak, "load", full)
+    monkeypatch.setattr(sys, "argv", ["peak", "vae"])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(SMALL.model_dump_json()))
+    assert peak.main() == 2
+    said = f"memory: vae: {type(error).__name__}, as where memory runs out; make suite.clips or suite.videos smaller\n"
+    assert capsys.readouterr().err == said
 
 
 def test_what_a_model_refuses_is_said_in_one_line_from_the_other_process(models: Path) -> None:

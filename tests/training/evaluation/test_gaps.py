@@ -30,8 +30,8 @@ BEGIN, GAP = 4, 8
 OWN = load_image_encoder("own")
 
 
-def filled(kept: Any, *draws: Tensor) -> list[Filled]:
-    return [Filled(kept, BEGIN, bytes_of(made)) for made in draws]
+def filled(kept: Any, *draws: Tensor, every: int = 1) -> list[Filled]:
+    return [Filled(kept, BEGIN, bytes_of(made), range(0, kept.video.shape[2], every)) for made in draws]
 
 
 def turning(seed: int, step: float = 0.01) -> Tensor:
@@ -78,6 +78,13 @@ def test_the_ratio_at_the_joints_is_that_of_a_jump_to_the_usual_step() -> None:
     assert min(seam.replicates) == pytest.approx(1, rel=0.05) and max(seam.replicates) > 9
     assert "gap_diversity" not in found.rows["b", "b-0"]
     assert float(found.notes[0].rpartition(" ")[2]) == pytest.approx(1, abs=0.01)
+
+
+def test_a_model_of_half_the_rate_has_no_joints_for_that() -> None:
+    kept = clip(turning(0))
+    made = turning(0)[:, :, BEGIN : BEGIN + GAP : 2].repeat_interleave(2, 2)
+    seam = run("gaps", filled(kept, made, every=2)).pooled["gap_seam_ratio"]
+    assert seam.value == pytest.approx(1, abs=0.05)
 
 
 def test_a_still_video_has_no_ratio() -> None:
@@ -138,7 +145,7 @@ def test_a_memory_is_measured_by_age_beside_its_bound_and_the_last_frame() -> No
 
 def test_an_image_encoder_is_named_by_its_digest_and_refused_in_one_line(tmp_path: Path) -> None:
     own = Brought(Networks(embedder="own"), suite().clips)
-    assert own.record(["embedder"]) == {"embedder": {"digest": OWN.digest, "embedding": "pixels"}}
+    assert own.record(["embedder"]) == {"embedder": {"digest": OWN.digest, "embedding": "pixels", "resize": 32}}
     network = tmp_path / "videos.pt"
     torch.jit.script(OfVideos()).save(network)
     for name, said in (("videos.pt", "takes whole videos; name a network of pictures"), ("none.pt", "no such file")):

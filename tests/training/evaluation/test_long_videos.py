@@ -109,6 +109,16 @@ def test_drift_is_the_angle_between_a_chunk_and_the_first():
     assert curve == pytest.approx([1 - math.cos(n * math.pi / 6) for n in range(4)], abs=1e-6)
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), RuntimeError("CUDA out of memory. Tried to")])
+def test_a_full_gpu_is_not_taken_for_a_video_that_the_network_refuses(error):
+    def full(levels):
+        raise error
+
+    found = long(materials.noisy(2, frames=8))._replace(networks={"features": materials.network("full", full)})
+    with pytest.raises(torch.OutOfMemoryError):
+        drift.MEASURE.run(None, found)
+
+
 @pytest.mark.parametrize("piece", [1, 2, 5, 40])
 def test_seams_are_those_of_whole_videos_however_they_are_read(piece):
     videos = materials.noisy(5, frames=20)
@@ -126,6 +136,18 @@ def test_a_jump_of_ten_times_the_usual_change_has_that_ratio():
     result = seams.MEASURE.run(None, long([video, video], joints=[4]))
     assert result.pooled["seam_ratio"].value == pytest.approx(10, rel=1e-5)
     assert result.pooled["seam_ratio"].replicates == pytest.approx([10] * 100, rel=1e-5)
+
+
+@pytest.mark.parametrize("piece", [1, 3, 40])
+def test_frames_that_a_lower_rate_shows_again_are_no_joints(piece):
+    steady = torch.arange(0, 48, 2, dtype=torch.uint8).repeat_interleave(3)[None, :, None, None].expand(3, 72, 8, 8)
+    torn = steady.clone()
+    torn[:, 36:] += 18
+    for video, ratio in ((steady, 1), (torn, 10)):
+        made = long([video, video], joints=[36])._replace(
+            videos=materials.generated([video, video], joints=[36], piece=piece, every=3)
+        )
+        assert seams.MEASURE.run(None, made).pooled["seam_ratio"].value == pytest.approx(ratio, rel=1e-5)
 
 
 def test_videos_that_are_made_at_once_have_no_seams():
@@ -195,7 +217,7 @@ def test_videos_of_each_length_are_measured_by_themselves(models, squares, tmp_p
     )
     groups = {(group["measure"], group["conditions"]["videos"][0]["frames"]): group["figures"] for group in made.groups}
     assert sorted(groups) == [("diversity", 9), ("diversity", 24), ("seams", 9), ("seams", 24)]
-    assert [len(groups["diversity", frames]["diversity"]["values"]) for frames in (9, 24)] == [2, 2]
+    assert [len(groups["diversity", n]["diversity_without_prompts"]["values"]) for n in (9, 24)] == [2, 2]
     assert not groups["seams", 9]  # all are made at once
     [(model, value)] = groups["seams", 24]["seam_ratio"]["values"].items()
     assert made.models[0]["digest"] == model and value["units"] == 2

@@ -84,6 +84,10 @@ def test_videos_are_made_once_for_a_prompt_seed_length_and_settings(
     again = list(material_of(squares, tmp_path).generated(model, Videos(frames=9, seeds=(0, 1, 2))))
     assert len(calls) == 3
     assert torch.equal(whole(first[1]), whole(again[1]))
+    # a process that is killed as soon as a video is whole leaves its parts
+    (left := (tmp_path / first[0].file).parent / "parts").mkdir()
+    list(material_of(squares, tmp_path).generated(model, Videos(frames=9, seeds=(0,))))
+    assert not left.exists() and len(calls) == 3
     # a shorter one is the beginning of one that needs as many latents, as another suite of other clips is
     list(material_of(squares, tmp_path, judged.suite(seed=4)).generated(model, Videos(frames=8, seeds=(0,))))
     assert len(calls) == 3
@@ -140,6 +144,7 @@ def test_other_rates_and_sizes_are_resampled_and_said(models: Path, squares: str
     frames = whole(video)
     assert frames.shape == (1, 3, 20, 32, 32)
     assert torch.equal(frames[:, :, ::2], frames[:, :, 1::2])  # each frame is seen twice
+    assert video.own == list(range(0, 20, 2))
     assert made.told()[1] == [
         "12 frames a second, sampled at the suite's 24",
         "frames of 16x16, scaled and cropped to the suite's 32x32",
@@ -169,6 +174,7 @@ def test_gaps_are_cut_where_the_clip_says_and_filled_at_the_models_rate(
     assert (one.begin, one.made.shape, one.clip.video.shape) == (4, (1, 3, 4, 32, 32), (1, 3, 12, 32, 32))
     assert not torch.equal(filled[0].made, filled[1].made)
     # 4 frames of 12 a second last as long as 2.7 of 8
+    assert one.own == [0, 1, 3, 4, 6, 7, 9, 10]
     assert (len(given[0].before), given[0].frames, len(given[0].after)) == (2, 3, 2)
     source = one.clip.video[0].permute(1, 2, 3, 0).cpu().numpy()
     # 2 frames of 8 a second begin a quarter of a second before the gap, 3 frames of 12 a second

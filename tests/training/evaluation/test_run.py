@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import heard
@@ -13,7 +15,8 @@ import torch
 import toy_levels
 
 from longtake.datasets.errors import Failure, UserError
-from longtake.training.evaluation import run, table
+from longtake.training.evaluation import peak, run, subject, table
+from longtake.training.evaluation.subject import Subject
 from longtake.training.evaluation.suite import Networks, Suite
 from longtake.training.evaluation.table import Table
 
@@ -151,6 +154,22 @@ def test_the_same_model_by_two_names_is_measured_once(
     assert any("is the same model as" in line for line in lines)
 
 
+def test_a_model_is_gone_before_the_next_one_is_loaded(
+    models: Path, squares: str, tmp_path: Path, toys: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, alive = subject.load, list[weakref.ref[torch.nn.Module]]()
+
+    def load(uri: str) -> Subject:
+        assert not any(module() for module in alive)
+        found = plain(uri)
+        alive.append(weakref.ref(found.module))
+        return found
+
+    monkeypatch.setattr(subject, "load", load)
+    evaluate(models, ["latte", "mavin", "tats"], squares, tmp_path)
+    assert len(alive) == 3
+
+
 def test_a_measure_without_its_network_is_left_out_and_said(models: Path, squares: str, tmp_path: Path) -> None:
     made = evaluate(models, ["vae"], squares, tmp_path, judged.suite(measures=("lpips", "reconstruction")))
     assert [(each["measure"], each["why"]) for each in made.left_out] == [
@@ -176,6 +195,17 @@ def test_what_a_model_refuses_is_left_out_and_others_go_on(
     assert "left out" in table.printed(made)
 
 
+def test_a_model_that_the_memory_is_too_small_for_is_measured_otherwise(
+    models: Path, squares: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = SimpleNamespace(returncode=-9, stdout="", stderr="")
+    monkeypatch.setattr(peak, "subprocess", SimpleNamespace(run=lambda *_, **__: killed))
+    made = evaluate(models, ["vae"], squares, tmp_path, judged.suite(measures=("memory", "reconstruction")))
+    assert [group["measure"] for group in made.groups] == ["reconstruction"]
+    [left] = made.left_out
+    assert left["measure"] == "memory" and "vae: signal 9 ended the process that measures it" in left["why"]
+
+
 @pytest.mark.parametrize(
     ("changes", "networks", "said"),
     [
@@ -185,6 +215,7 @@ def test_what_a_model_refuses_is_left_out_and_others_go_on(
         ({"settings": {"steps": "fast"}}, {}, "suite: settings: steps: 'fast' is no whole number from 0 on"),
         ({"settings": {"steps": True}}, {}, "suite: settings: steps: True is no whole number from 0 on"),
         ({"settings": {"shift": [1, 2]}}, {}, "suite: settings: shift: .* is no number from 0 on"),
+        ({"settings": {"shift": 0}}, {}, "suite: settings: shift: 0 is no number above 0"),
         ({"settings": {"temperature": float("nan")}}, {}, "suite: settings: temperature: nan is no number from 0 on"),
         ({"settings": {"backward": 1}}, {}, "suite: settings: backward: 1 is no true or false"),
         ({"settings": {"mixer": 1}}, {}, "suite: settings: mixer: 1 is no text"),

@@ -60,6 +60,29 @@ def test_agreement_is_the_cosine_that_the_library_gives(clip):
     assert result.notes == ["agreement_first by chance is 0.333"]
 
 
+class Colours:
+    """A dual encoder of colours, and of their names."""
+
+    def pictures(self, frames: np.ndarray) -> np.ndarray:
+        return np.eye(3, dtype=np.float32)[frames.mean((1, 2)).argmax(1)]
+
+    def texts(self, texts: list[str]) -> np.ndarray:
+        return np.eye(3, dtype=np.float32)[[("red", "green", "blue").index(text) for text in texts]]
+
+
+def test_a_video_that_does_not_hold_its_prompt_beyond_a_clip_agrees_less(monkeypatch):
+    monkeypatch.setattr(agreement, "dual_encoder", lambda _: Colours())
+    holds = torch.zeros(3, 49, 8, 8, dtype=torch.uint8)
+    holds[0] = 200
+    turns = torch.cat([holds[:, :17], holds.roll(1, 0)[:, 17:]], 1)
+    found = materials.Fixed(
+        materials.short(17, 49), [], materials.generated([holds, turns, holds.roll(1, 0)], ["red", "red", "green"])
+    )
+    rows = list(agreement.MEASURE.run(None, found).rows.values())
+    assert [row["agreement"] for row in rows] == [1, 3 / 8, 1]  # of frames 0, 7, 14, 21, ..., 48
+    assert [row["agreement_first"] for row in rows] == [1, 0, 1]
+
+
 def test_backgrounds_are_compared_by_the_vectors_of_pictures(clip):
     from longtake.datasets import dual
     from longtake.datasets.pictures import opened
@@ -120,6 +143,13 @@ def test_videos_that_move_alike_are_close_in_speed_and_direction():
     assert np.std(motion.MEASURE.run(None, moved([1, 2] * 4)).pooled["speed_distance"].replicates) > 0.003
 
 
+def test_a_model_of_a_third_of_the_rate_moves_as_far():
+    clips = [shifting(1, seed, 7) for seed in range(8)]
+    videos = [shifting(3, 20 + seed, 3).repeat_interleave(3, 1)[:, :7] for seed in range(8)]
+    found = materials.Fixed(materials.short(7, 7), materials.clips(clips), materials.generated(videos, every=3), {})
+    assert motion.MEASURE.run(None, found).pooled["speed_distance"].value < 0.005
+
+
 def test_motion_of_few_videos_or_single_frames_is_refused():
     found = moved([1] * 7)
     assert motion.MEASURE.run(None, found).notes == [
@@ -147,9 +177,11 @@ def test_diversity_is_the_mean_over_pairs_of_each_prompt():
 
 def test_videos_without_prompts_are_drawn_themselves():
     videos = materials.noisy(5)
-    pooled = diversity.MEASURE.run(
+    [(name, pooled)] = diversity.MEASURE.run(
         None, materials.Fixed(materials.short(), [], materials.generated(videos), {})
-    ).pooled["diversity"]
+    ).pooled.items()
+    # which is not compared with that of one prompt
+    assert name == "diversity_without_prompts" and name in diversity.MEASURE.figures
     assert pooled.value == pytest.approx(np.mean([rmse(a, b) for a, b in combinations(videos, 2)]), rel=1e-5)
     for each, replicate in zip(draws(5, 100, 0)[:10], pooled.replicates, strict=False):
         pairs = [rmse(videos[i], videos[j]) for i in each for j in each if i != j]
@@ -160,7 +192,7 @@ def test_equal_videos_have_no_diversity_and_single_ones_none_to_tell():
     same = materials.noisy(1) * 3
     assert (
         diversity.MEASURE.run(None, materials.Fixed(materials.short(), [], materials.generated(same), {}))
-        .pooled["diversity"]
+        .pooled["diversity_without_prompts"]
         .value
         == 0
     )
@@ -176,7 +208,9 @@ def test_diversity_to_a_network_is_lpips():
     found = materials.Fixed(materials.short(), [], materials.generated(videos), {"perceptual": perceptual})
     signed = [video[None].float() / 127.5 - 1 for video in videos]
     expected = np.mean([float(lpips(perceptual, a, b)) for a, b in combinations(signed, 2)])
-    assert diversity_lpips.MEASURE.run(None, found).pooled["diversity_lpips"].value == pytest.approx(expected, rel=1e-5)
+    [(name, pooled)] = diversity_lpips.MEASURE.run(None, found).pooled.items()
+    assert name == "diversity_lpips_without_prompts" and name in diversity_lpips.MEASURE.figures
+    assert pooled.value == pytest.approx(expected, rel=1e-5)
 
 
 def test_vbench_figures_are_of_each_video():
@@ -189,6 +223,18 @@ def test_vbench_figures_are_of_each_video():
     assert still == 1
     maes = (videos[0][:, 1:].float() - videos[0][:, :-1].float()).abs().mean()
     assert moving == pytest.approx(1 - float(maes) / 255, rel=1e-5)
+
+
+def test_movement_that_block_matching_does_not_see_is_not_called_none():
+    video = shifting(8, 0, 5, 64)
+    slow = materials.short(frames=5, length=5)
+    slow = slow.model_copy(update={"clips": slow.clips.model_copy(update={"fps": 2.0})})
+    result = vbench.MEASURE.run(None, materials.Fixed(slow, [], materials.generated([video]), {}))
+    assert [row.keys() for row in result.rows.values()] == [{"temporal_flickering"}]
+    assert result.notes == [
+        "dynamic_degree is left out: at 2 frames a second a movement has 6 pixels or more, and block matching sees 4;"
+        " raise suite.clips.fps"
+    ]
 
 
 def test_consistency_needs_a_network_of_pictures():

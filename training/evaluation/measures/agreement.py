@@ -9,10 +9,10 @@ from longtake.training.evaluation.measures import Measure
 from longtake.training.evaluation.record import Result, Unit
 from longtake.training.evaluation.subject import Subject
 from longtake.training.evaluation.suite import Suite
-from longtake.training.evaluation.windows import dual_encoder, openings, pictures
+from longtake.training.evaluation.windows import asked, dual_encoder, pictures, windows_at
 from longtake.training.metrics.agreement import agreement, places
 
-_FRAMES = 8  # of a video, at most, spread evenly
+_FRAMES = 8  # of a whole video, at most, spread evenly
 
 
 def conditions(suite: Suite) -> dict[str, object]:
@@ -24,11 +24,12 @@ def run(subject: Subject, material: Material) -> Result:
     """`agreement` of each video, and `agreement_first`, whether no other prompt agrees more; means are over prompts."""
     found, wanted, keys = list[torch.Tensor](), list[str](), list[tuple[Unit, str]]()
     encoder: Dual | None = None
-    for made, video in openings(material, subject):
+    for made in material.generated(subject, asked(material.suite)):
         if made.prompt is None:
             return Result(notes=["takes no prompts, so nothing can agree with them"])
         encoder = encoder or dual_encoder(material)
-        found.append(pictures(encoder, video, places(video.shape[2], _FRAMES)))
+        frames = torch.cat(list(windows_at(made, places(made.length, _FRAMES), 1)), 2)
+        found.append(pictures(encoder, frames))
         wanted.append(made.prompt)
         keys.append((made.unit, made.key))
     if encoder is None:
@@ -46,7 +47,7 @@ def run(subject: Subject, material: Material) -> Result:
 MEASURE = Measure(
     what="generated videos and their prompts: mean cosine of frames and prompt in an encoder such as CLIP (CLIPSIM, arXiv"
     " 2104.14806), and how often no other prompt has a higher one",
-    version=1,
+    version=2,
     of="generates",
     figures={"agreement": "higher", "agreement_first": "higher"},
     networks=("dual",),

@@ -9,7 +9,7 @@ from longtake.training.evaluation.measures import Measure
 from longtake.training.evaluation.record import Result
 from longtake.training.evaluation.subject import Subject
 from longtake.training.evaluation.suite import Suite
-from longtake.training.evaluation.unlike import FRAMES, MOST, unlike
+from longtake.training.evaluation.unlike import FRAMES, MOST, WITHOUT, unlike
 from longtake.training.metrics.diversity import pixels
 
 
@@ -19,16 +19,16 @@ def conditions(suite: Suite) -> Mapping[str, Any]:
 
 
 def run(subject: Subject, material: Material) -> Result:
-    """`diversity` of the first frames of the videos."""
-    found, notes = unlike(subject, material, pixels)
-    return Result(pooled={"diversity": found} if found else {}, notes=notes)
+    """`diversity` of the first frames of the videos; of a model that takes no prompts `diversity_without_prompts`."""
+    return unlike(subject, material, "diversity", pixels)
 
 
 MEASURE = Measure(
-    what="generated videos of one prompt: the mean root of the squared difference of two of them, in 0..1; our own definition",
-    version=1,
+    what="generated videos of one prompt, or of any class without prompts: the mean root of the squared difference of two of"
+    " them, in 0..1; our own definition",
+    version=2,
     of="generates",
-    figures={"diversity": "higher"},
+    figures={"diversity": "higher", f"diversity{WITHOUT}": "higher"},
     networks=(),
     conditions=conditions,
     run=run,

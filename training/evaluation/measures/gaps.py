@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -30,12 +31,14 @@ class Case(NamedTuple):
     video  the clip (1, 3, T, H, W)
     begin  the first frame of the gap
     made   (S, 3, n, H, W), one for each draw
+    own    numbers of the clip's frames at the model's rate (see `Filled`)
     """
 
     clip: Clip
     video: Tensor
     begin: int
     made: Tensor
+    own: Sequence[int]
 
     @property
     def truth(self) -> Tensor:
@@ -54,7 +57,7 @@ def cases(subject: Subject, material: Material) -> Iterator[Case]:
     for _, draws in groupby(material.filled(subject), lambda filled: filled.clip.key):
         first, *others = draws
         made = torch.cat([to_model(each.made) for each in (first, *others)])
-        yield Case(first.clip, to_model(first.clip.video), first.begin, made)
+        yield Case(first.clip, to_model(first.clip.video), first.begin, made, first.own)
 
 
 def conditions(suite: Suite) -> Mapping[str, Any]:
@@ -79,7 +82,7 @@ def run(subject: Subject, material: Material) -> Result:
         by_frame = psnr_by_frame(first, case.truth)[0].tolist()
         curve.add(unit, {number / case.clip.fps: value for number, value in enumerate(by_frame)})
         for means, video in ((made, case.filled), (true, case.video)):
-            means.add(unit, _joints(video, case.begin, first.shape[2]))
+            means.add(unit, _joints(video, case))
     ratios = {name: _ratio(place) for name, place in _PLACES.items() if made.mean()[0, place + 1] > _STILL}
     notes = [f"{name} of the true frames: {ratio(true.mean())[0]:.3g}" for name, ratio in ratios.items()]
     return Result(rows, made.pooled(material.suite, ratios), {"gap_psnr": curve.by_unit()}, notes)
@@ -93,16 +96,17 @@ def _ratio(place: int) -> Figure:
 _PLACES = {"gap_seam_ratio": 0, "gap_bend_ratio": 2}
 
 
-def _joints(video: Tensor, begin: int, length: int) -> list[float]:
-    """See `transitions.joints`; NaN where there are no such frames."""
-    found = transitions.joints(video, begin, length)
+def _joints(video: Tensor, case: Case) -> list[float]:
+    """See `transitions.joints`; of frames at the model's rate, and NaN where there are no such frames."""
+    begin, end = (bisect_left(case.own, at) for at in (case.begin, case.begin + case.made.shape[2]))
+    found = transitions.joints(video[:, :, list(case.own)], begin, end - begin)
     return [np.nan if (value := found[name]) is None else value for name in _WHERE]
 
 
 MEASURE = Measure(
     what="gaps in held-out clips, filled: PSNR and SSIM of the frames that are made, their error beside the joints, how much"
     " more than elsewhere changes at the joints, and how unlike two draws are",
-    version=1,
+    version=2,
     of="fills",
     figures={
         "gap_psnr": "higher",
