@@ -182,7 +182,8 @@ class Config(MeasuredConfig):
     view              which clips to use; null uses all
     vae               the autoencoder whose latents are learned, frozen; null learns pixels
     base              the MAVIN to continue from; null begins with random weights, or those of `unet`
-    unet              a folder with a public U-Net in the layout of diffusers, whose weights body unet begins with
+    unet              a folder with a public U-Net in the layout of diffusers, whose weights body unet begins with; latents
+                      of an autoencoder of diffusers, its own, are then learned as they are
     model             a preset with fields of MavinConfig to change: `{preset: mavin_small}`; with a base none
     image             what the frames beside the gap are seen by: own, the project's features; a folder with CLIP's model of
                       pictures [paper: ViT-L/14], or one that is registered: the version that it names when the training

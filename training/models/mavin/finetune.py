@@ -24,6 +24,7 @@ from longtake.training import data, registry, sizes, stage
 from longtake.training.data import HELDOUT
 from longtake.training.engines import device
 from longtake.training.fit import Largest, Source, made_by, module_of, untraced, video_batch
+from longtake.training.foreign.codec import ForeignCodec
 from longtake.training.metrics.features import digest_of
 from longtake.training.metrics.share import place
 from longtake.training.models.common.codec import Codec, Pixels, load_codec
@@ -124,7 +125,7 @@ def prepare(config: Config, inputs: Mapping[str, str], folder: Path) -> Setup:
     except ValueError as e:
         raise e if isinstance(e, UserError | Failure) else UserError(str(e)) from e
     setup = Setup(inputs, codec, text, encoder, spans, model, rate / stride, stride)
-    if "vae" in inputs and "base" not in inputs:
+    if "vae" in inputs and "base" not in inputs and not _has_learned_scale(config, codec):
         _normalise(config, setup)
     _keep_still(config, model)
     _check_cuts(config, setup)
@@ -175,6 +176,11 @@ def _model(
 def _digest(codec: Any) -> str | None:
     """The digest of an autoencoder's encoder; None of pixels."""
     return None if isinstance(codec, Pixels) else encoder_digest(codec)
+
+
+def _has_learned_scale(config: Config, codec: Any) -> bool:
+    """Whether a public U-Net has learned latents as they come: its own autoencoder scales them for it."""
+    return config.unet is not None and isinstance(codec, ForeignCodec)
 
 
 @torch.no_grad()

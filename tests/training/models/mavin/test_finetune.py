@@ -8,7 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import foreign_codecs
 import latent_stages
+import public_unet
 import pytest
 import torch
 from flat import nested
@@ -207,6 +209,18 @@ def test_only_the_parts_that_are_named_learn(dataset: str, tmp_path: Path) -> No
     inputs["base"] = saved(config(model=UNET, image=None), {"dataset": dataset}, tmp_path / "blind")
     with pytest.raises(UserError, match="train: guidance: this model has no such part"):
         prepared(config(base="base", model=None, image=None, train=("guidance",)), inputs, tmp_path / "no", finetune)
+
+
+def test_a_public_unet_is_given_latents_as_its_own_autoencoder_scales_them(
+    inputs: dict[str, str], tmp_path: Path
+) -> None:
+    foreign_codecs.CODECS["kl"][0]().save_pretrained(tmp_path / "kl")
+    four = {"unet": public_unet.folder(tmp_path / "four", channels=4), "model": UNET, "vae": "vae", "frames": 8}
+    own = prepared(config(**four), inputs | {"vae": str(tmp_path / "kl")}, tmp_path / "own", finetune).model
+    assert not own.latent_mean.any() and (own.latent_std == 1).all()
+    eight = four | {"unet": public_unet.folder(tmp_path / "eight", channels=8), "frames": 14, "size": (32, 32)}
+    other = prepared(config(**eight), inputs, tmp_path / "other", finetune).model
+    assert other.latent_mean.any() and (other.latent_std != 1).all()
 
 
 @pytest.mark.slow
