@@ -195,7 +195,8 @@ class Config(MeasuredConfig):
     flip              share of windows that are flipped, left to right [paper: 0.5]
     least_similarity  windows with neighbouring frames of a lower SSIM have a cut, and do not count [paper: 0.1]
     spans             which latents are noised
-    train             parts that learn, of `config.PARTS`; all is everything [paper: temporal, attention, embedding]
+    train             parts that learn, of `config.PARTS`; all is everything. What `unet` lacks learns with them
+                      [paper: temporal, attention, embedding]
     time_mean         mean of the logit-normal times [assumption]
     time_std          standard deviation of the logit-normal times [assumption]
     shift             of times towards noise, in training and sampling; 1 is none

@@ -55,7 +55,7 @@ from longtake.training.models.mavin.guidance import boundary_tokens, checked_enc
 from longtake.training.models.mavin.infill import Hints
 from longtake.training.models.mavin.model import Mavin
 from longtake.training.models.mavin.spans import Spans, spans_to_measure
-from longtake.training.models.mavin.unet import UNet, fields_of_folder, load_folder
+from longtake.training.models.mavin.unet import NEW, UNet, fields_of_folder, load_folder
 from longtake.training.models.mavin.windows import Window, cut, filled, framed
 from longtake.training.models.mavin.windows import window_of as gap_of
 from longtake.training.objective import Batch, Engines, Objective, Terms, Turn
@@ -201,16 +201,18 @@ def _normalise(config: Config, setup: Setup) -> None:
 
 
 def _keep_still(config: Config, model: Mavin) -> None:
-    """Freeze all parts that `train` does not name."""
+    """Freeze all parts that `train` does not name, but for what a public U-Net lacks: that would stay as it was drawn."""
     if config.train == "all":
         return
     parts = [re.compile(PARTS[model.config.body][name]) for name in config.train]
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(any(part.match(name) for part in parts))
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+    named = {name for name, _ in model.named_parameters() if any(part.match(name) for part in parts)}
+    if not named:
         raise UserError(
             f"train: {', '.join(config.train)}: this model has no such part, and nothing would learn; name others"
         )
+    new = ("guide.", *(f"body.{name}" for name in NEW)) if config.unet else ()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in named or name.startswith(new))
 
 
 def _check_cuts(config: Config, setup: Setup) -> None:

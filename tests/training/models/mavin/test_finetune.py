@@ -211,6 +211,15 @@ def test_only_the_parts_that_are_named_learn(dataset: str, tmp_path: Path) -> No
         prepared(config(base="base", model=None, image=None, train=("guidance",)), inputs, tmp_path / "no", finetune)
 
 
+def test_what_a_public_unet_lacks_learns_beside_the_parts_that_are_named(dataset: str, tmp_path: Path) -> None:
+    chosen = config(unet=public_unet.folder(tmp_path / "unet"), model=UNET, train=("temporal",))
+    model = prepared(chosen, {"dataset": dataset}, tmp_path / "run", finetune).model
+    learns = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    new = {"guide.image_in.project.weight", "guide.image_in.project.bias", "guide.image_in.sides"}
+    new |= {"body.time_embedding.cond_proj.weight"}
+    assert new < learns and all("temp_convs" in name for name in learns - new)
+
+
 def test_a_public_unet_is_given_latents_as_its_own_autoencoder_scales_them(
     inputs: dict[str, str], tmp_path: Path
 ) -> None:
