@@ -338,6 +338,23 @@ def test_a_history_that_fills_no_group_is_not_drawn(inputs: dict[str, str], tmp_
         assert stretch.skip is None or (stretch.skip < stretch.high.shape[2]).all()
 
 
+def test_a_held_out_clip_whose_history_fills_no_group_is_not_measured(inputs: dict[str, str], tmp_path: Path) -> None:
+    four = dit(rates=["2x2x4"], branches="high")
+    chosen = config(history_least=0.0, low_latents=None, eval_clips=9, sample_steps=1, **four)
+    setup = prepared(chosen, alone(inputs), tmp_path)
+    setup.model.eval()
+    pretrain_memory.evaluate(chosen, setup, tmp_path)
+    summary, clips = json.loads((tmp_path / "retrieved.json").read_text())["summary"], videos_of(chosen, setup)
+    assert summary["clips"] == min(9, clips.samples) and clips.samples_without_history
+    # before training, where none has
+    long = config(history_seconds=30.0, history_least=0.0, low_latents=None, **dit(rates=["2x2x64"], branches="high"))
+    with pytest.raises(
+        UserError, match=r"rates: a token stands for 64 steps, a segment has 3, so that 20\.3 s must"
+    ) as e:
+        videos_of(long, prepared(long, alone(inputs), tmp_path))
+    assert "\n" not in str(e.value)
+
+
 def test_where_nothing_is_scaled_down_both_branches_read_the_same_column(
     inputs: dict[str, str], tmp_path: Path
 ) -> None:
