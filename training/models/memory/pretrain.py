@@ -168,7 +168,11 @@ def _sample(config: Any, setup: Setup, engines: Engines, rng: torch.Generator) -
 def facts(config: Config, setup: Setup, lineage: Mapping[str, Any]) -> dict[str, Any]:
     """What config.json says of the model (see `shared.facts_of`)."""
     sampling = {"steps": config.sample_steps, "guidance": 1.0, "shift": shift_of(config, setup.model)}
-    return facts_of(config, setup, lineage) | {"stage": "retrieval", "sampling": sampling}
+    return facts_of(config, setup, lineage) | {
+        "stage": "retrieval",
+        "sampling": sampling,
+        "retrieved": config.retrieved,
+    }
 
 
 def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any]:
