@@ -60,7 +60,8 @@ if __name__ == "__main__":
     if world > 1:
         dist.init_process_group("gloo", rank=rank, world_size=world)
     torch.manual_seed(0)
-    vae = PVVAE(config_from_preset("pv_vae_tiny", latent_channels=8, encoder_width=8, decoder_width=8)).eval()
+    small = {"latent_channels": 8, "encoder_width": 8, "decoder_width": 8, "padding": "noise"}
+    vae = PVVAE(config_from_preset("pv_vae_tiny", **small)).eval()
     prior = latte.Latte(latte.config_from_preset("latte_tiny", depth=2, width=32, heads=2, channels=8, shape=(3, 2, 2))).eval()
     film = memory_dit.MemoryDiT(dit_config.config_from_preset(
         "memory_dit_tiny", depth=2, width=32, heads=2, memory_widths=(8, 16), memory_heads=2, rates=("1x1x2",), branches="high",
