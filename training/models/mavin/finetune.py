@@ -99,8 +99,8 @@ def prepare(config: Config, inputs: Mapping[str, str], folder: Path) -> Setup:
     """Data, checked, and the model before its first step.
 
     Raises:
-        UserError: no clip is as long as a window; the autoencoder does not divide it; spans do not fit it; texts, a base, a
-            public U-Net or an image encoder do not fit.
+        UserError: no clip is as long as a window; the autoencoder does not divide it, or decodes no stream; spans do
+            not fit it; texts, a base, a public U-Net or an image encoder do not fit.
         Failure: damaged files; latents that do not vary.
     """
     rate = data.frame_rate(inputs["dataset"], config.frames)
@@ -108,6 +108,8 @@ def prepare(config: Config, inputs: Mapping[str, str], folder: Path) -> Setup:
     data.frame_rate(inputs["dataset"], (config.frames - 1) * stride + 1, "lower `frames` or `stride`, or raise `fps`")
     codec: Any = load_codec(inputs["vae"]).requires_grad_(False) if "vae" in inputs else Pixels()
     codec = codec.eval().to(device())
+    if "vae" in inputs:
+        _check_streams(inputs["vae"], codec)
     text = data.text_of(inputs)
     name = inputs.get("image", config.image)
     encoder = checked_encoder(name, config.size, "image") if name else None
@@ -176,6 +178,16 @@ def _model(
 def _digest(codec: Any) -> str | None:
     """The digest of an autoencoder's encoder; None of pixels."""
     return None if isinstance(codec, Pixels) else encoder_digest(codec)
+
+
+@torch.no_grad()
+def _check_streams(uri: str, codec: Codec) -> None:
+    """Refuse an autoencoder that decodes no stream, as gaps are decoded: UserError, before training and not after it."""
+    latent = torch.zeros(1, codec.config.latent_channels, 1, 1, 1, dtype=codec.dtype, device=device())
+    try:
+        next(codec.decode_stream([latent]))
+    except ValueError as e:
+        raise UserError(f"vae: {uri}: decodes no stream, and so no gap ({e}); name another") from e
 
 
 def _has_learned_scale(config: Config, codec: Any) -> bool:

@@ -27,6 +27,7 @@ from longtake.training.models.mavin import finetune
 from longtake.training.models.mavin.finetune import Config, check, draw
 from longtake.training.models.mavin.model import Mavin
 from longtake.training.models.mavin.windows import cut
+from longtake.training.models.tats.vqgan import VQGAN, config_from_preset
 from longtake.training.registry import disk
 from longtake.training.registry.gate import Window
 
@@ -354,6 +355,20 @@ def test_windows_that_no_clip_or_autoencoder_has_are_refused(inputs: dict[str, s
             continue
         with pytest.raises(UserError, match=message):
             prepared(latents(**changes), inputs, tmp_path, finetune)
+
+
+def test_an_autoencoder_that_decodes_no_stream_is_refused_before_training(dataset: str, tmp_path: Path) -> None:
+    for norm in ("rms", "group"):
+        vqgan = VQGAN(config_from_preset("vqgan_tiny", norm=norm))
+        described = vqgan.config.model_dump(mode="json")
+        disk.save(tmp_path / norm, "vqgan", described, vqgan.state_dict(), {"lineage": {}})
+    chosen = config(vae="vae", frames=24, model=MODEL | {"patch": 1})
+    given = {"dataset": dataset, "vae": str(tmp_path / "rms")}
+    assert prepared(chosen, given, tmp_path / "one", finetune).spans.latents == 6
+    with pytest.raises(
+        UserError, match=r"vae: \S+group: decodes no stream, and so no gap .norm group: a token depends on the whole"
+    ):
+        prepared(chosen, given | {"vae": str(tmp_path / "group")}, tmp_path / "other", finetune)
 
 
 def test_frames_are_taken_by_rate(dataset: str, tmp_path: Path) -> None:
