@@ -314,3 +314,10 @@ class EvaluatedConfig(TrainConfig):
     eval_latents: Annotated[bool, Measuring()] = True
     eval_probes: Annotated[int, Measuring()] = Field(0, ge=0)
     features: Annotated[str | None, Measuring()] = None
+
+    def check_probes(self, latents: int) -> None:
+        """ValueError where windows of so many latents show no motion to probes, which look from each latent to the next."""
+        if self.eval_probes and latents < 2:
+            raise ValueError(
+                "eval_probes: look from each latent to the next, and a window has a single one; leave it out, or raise frames"
+            )

@@ -180,6 +180,16 @@ def test_steps_that_are_retrieved_in_any_order_are_shown_in_their_own(
     assert asked[0] != sorted(asked[0])
 
 
+def test_as_many_latents_are_retrieved_together_as_training_did(models: Path, tmp_path: Path) -> None:
+    model, facts = disk.load(models / "holder"), disk.read_config(models / "holder") | {"retrieved": 1}
+    disk.save(tmp_path / "one", "memory_dit", facts["config"], model.state_dict(), facts)
+    for folder, count in ((tmp_path / "one", 1), (models / "holder", 4)):
+        prior, counts = load_prior(str(folder), "retrieval"), set[int]()
+        prior.model.register_forward_pre_hook(lambda _, given, counts=counts: counts.add(given[0].shape[2]))
+        recall.recall(prior, footage(29))
+        assert counts == {count}
+
+
 def test_the_bound_is_what_the_autoencoder_makes_of_the_frames(prior: MemoryPrior) -> None:
     frames = footage(29)
     _, bound = recall.recall(prior, frames)

@@ -43,7 +43,7 @@ def vqgan(seed: int = 0, **changed: Any) -> SoundVQGAN:
     model = SoundVQGAN(config_from_preset(**TINY | changed, spectrogram=spectrogram()))
     awake(model, seed)
     with torch.no_grad():
-        seen = model.encode(model.pictures(noise(2.0, seed), 48)).movedim(1, -1).flatten(0, 3)
+        seen = model.encode(model.pictures(noise(2.0, seed), 48)).mode().movedim(1, -1).flatten(0, 3)
         model.codebook.codes.copy_(seen[:: len(seen) // 16][:16])
         model.codebook.sums.copy_(model.codebook.codes)
     return model

@@ -20,8 +20,11 @@ from longtake.datasets.loader import Loader
 from longtake.datasets.loader.whole import longest
 from longtake.training.config import EvaluatedConfig
 from longtake.training.metrics.features import checked_network
+from longtake.training.models.latte import finetune as latte
+from longtake.training.models.pv_vae import pretrain as pv_vae
 from longtake.training.models.pv_vae.evaluate import by_position
 from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
+from longtake.training.models.tats import pretrain as tats
 
 MEASURE = """
 import json, sys
@@ -57,7 +60,8 @@ if __name__ == "__main__":
     if world > 1:
         dist.init_process_group("gloo", rank=rank, world_size=world)
     torch.manual_seed(0)
-    vae = PVVAE(config_from_preset("pv_vae_tiny", latent_channels=8, encoder_width=8, decoder_width=8)).eval()
+    small = {"latent_channels": 8, "encoder_width": 8, "decoder_width": 8, "padding": "noise"}
+    vae = PVVAE(config_from_preset("pv_vae_tiny", **small)).eval()
     prior = latte.Latte(latte.config_from_preset("latte_tiny", depth=2, width=32, heads=2, channels=8, shape=(3, 2, 2))).eval()
     film = memory_dit.MemoryDiT(dit_config.config_from_preset(
         "memory_dit_tiny", depth=2, width=32, heads=2, memory_widths=(8, 16), memory_heads=2, rates=("1x1x2",), branches="high",
@@ -231,3 +235,22 @@ def test_another_evaluation_runs_a_stage_again_and_trains_nothing() -> None:
         assert stage.content(config(**changes)) == stage.content(config())
         assert stage.names(config(**changes)) != stage.names(config())
     assert stage.names(config(eval_batch=1)) == stage.names(config())
+
+
+@pytest.mark.parametrize(
+    ("stage_of", "fields", "single"),
+    [
+        (pv_vae, {"kind": "pretrain_vae", "model": {"preset": "pv_vae_tiny"}, "sizes": [[32, 32]]}, 1),
+        (latte, {"kind": "finetune_latte", "latents": "latents"}, 1),
+        (tats, {"kind": "pretrain_vqgan", "model": {"preset": "vqgan_tiny"}, "size": (32, 32)}, 4),
+    ],
+)
+def test_probes_of_motion_are_refused_where_a_window_is_a_single_latent(
+    stage_of: Any, fields: dict[str, Any], single: int
+) -> None:
+    def chosen(frames: int, clips: int) -> Any:
+        return stage_of.Config(**fields, dataset="dataset", frames=frames, eval_probes=clips)
+
+    assert chosen(single + 4, 4).eval_probes == 4 and chosen(single, 0).frames == single
+    with pytest.raises(ValueError, match="eval_probes: look from each latent to the next, and a window has a single"):
+        chosen(single, 4)

@@ -25,12 +25,14 @@ class LatentPadding(nn.Module):
         self.token = nn.Parameter(torch.zeros(1, channels, 1, 1, 1)) if kind == "token" else None
 
     def forward(self, latent: Tensor, count: int, rng: torch.Generator | None = None) -> Tensor:
-        """`(B, C, t, h, w)` -> `(B, C, t + count, h, w)`. With a count of 0 the token still gets a (zero) gradient, so
-        that all ranks reduce the same parameters."""
+        """`(B, C, t, h, w)` -> `(B, C, t + count, h, w)`. Noise is drawn on the device of `rng`.
+
+        With a count of 0 the token still gets a (zero) gradient, so that all ranks reduce the same parameters.
+        """
         batch, channels, _, height, width = latent.shape
         shape = (batch, channels, count, height, width)
         if self.token is None:
-            tail = torch.randn(shape, generator=rng, device=latent.device).to(latent.dtype)
+            tail = torch.randn(shape, generator=rng, device=latent.device if rng is None else rng.device).to(latent)
         else:
             tail = self.token.to(latent.dtype).expand(shape)
         return torch.cat([latent, tail], dim=2)
@@ -113,7 +115,10 @@ class VideoAutoencoder(nn.Module):
         tile: int | None = None,
         overlap: int = 64,
     ) -> Tensor:
-        """Decode all frames, in [-1, 1], from the most likely latent of the first `visible_frames` (1 + f n); for evaluation."""
+        """Decode all frames, in [-1, 1], from the most likely latent of the first `visible_frames` (1 + f n); for evaluation.
+
+        `rng` draws the padding of a model that pads with noise.
+        """
         self._check(video)
         latent = self.encode(video[:, :, :visible_frames], tile, overlap).mode()
         unseen = latent_groups(video.shape[2], self.config.temporal_stride) - latent.shape[2]

@@ -119,6 +119,8 @@ class Config(EvaluatedConfig):
     @model_validator(mode="after")
     def _valid_windows(self) -> "Config":
         check_live(self)
+        # one frame is one latent, and more are more than one
+        self.check_probes(self.frames)
         if self.latents is None:
             if self.size is None:
                 raise ValueError("size: training on pixels needs (height, width); or name latents")

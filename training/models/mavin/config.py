@@ -182,7 +182,8 @@ class Config(MeasuredConfig):
     view              which clips to use; null uses all
     vae               the autoencoder whose latents are learned, frozen; null learns pixels
     base              the MAVIN to continue from; null begins with random weights, or those of `unet`
-    unet              a folder with a public U-Net in the layout of diffusers, whose weights body unet begins with
+    unet              a folder with a public U-Net in the layout of diffusers, whose weights body unet begins with; latents
+                      of an autoencoder of diffusers, its own, are then learned as they are
     model             a preset with fields of MavinConfig to change: `{preset: mavin_small}`; with a base none
     image             what the frames beside the gap are seen by: own, the project's features; a folder with CLIP's model of
                       pictures [paper: ViT-L/14], or one that is registered: the version that it names when the training
@@ -194,7 +195,8 @@ class Config(MeasuredConfig):
     flip              share of windows that are flipped, left to right [paper: 0.5]
     least_similarity  windows with neighbouring frames of a lower SSIM have a cut, and do not count [paper: 0.1]
     spans             which latents are noised
-    train             parts that learn, of `config.PARTS`; all is everything [paper: temporal, attention, embedding]
+    train             parts that learn, of `config.PARTS`; all is everything. What `unet` lacks learns with them
+                      [paper: temporal, attention, embedding]
     time_mean         mean of the logit-normal times [assumption]
     time_std          standard deviation of the logit-normal times [assumption]
     shift             of times towards noise, in training and sampling; 1 is none

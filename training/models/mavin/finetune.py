@@ -24,6 +24,7 @@ from longtake.training import data, registry, sizes, stage
 from longtake.training.data import HELDOUT
 from longtake.training.engines import device
 from longtake.training.fit import Largest, Source, made_by, module_of, untraced, video_batch
+from longtake.training.foreign.codec import ForeignCodec
 from longtake.training.metrics.features import digest_of
 from longtake.training.metrics.share import place
 from longtake.training.models.common.codec import Codec, Pixels, load_codec
@@ -54,7 +55,7 @@ from longtake.training.models.mavin.guidance import boundary_tokens, checked_enc
 from longtake.training.models.mavin.infill import Hints
 from longtake.training.models.mavin.model import Mavin
 from longtake.training.models.mavin.spans import Spans, spans_to_measure
-from longtake.training.models.mavin.unet import UNet, fields_of_folder, load_folder
+from longtake.training.models.mavin.unet import NEW, UNet, fields_of_folder, load_folder
 from longtake.training.models.mavin.windows import Window, cut, filled, framed
 from longtake.training.models.mavin.windows import window_of as gap_of
 from longtake.training.objective import Batch, Engines, Objective, Terms, Turn
@@ -98,8 +99,8 @@ def prepare(config: Config, inputs: Mapping[str, str], folder: Path) -> Setup:
     """Data, checked, and the model before its first step.
 
     Raises:
-        UserError: no clip is as long as a window; the autoencoder does not divide it; spans do not fit it; texts, a base, a
-            public U-Net or an image encoder do not fit.
+        UserError: no clip is as long as a window; the autoencoder does not divide it, or decodes no stream; spans do
+            not fit it; texts, a base, a public U-Net or an image encoder do not fit.
         Failure: damaged files; latents that do not vary.
     """
     rate = data.frame_rate(inputs["dataset"], config.frames)
@@ -107,6 +108,8 @@ def prepare(config: Config, inputs: Mapping[str, str], folder: Path) -> Setup:
     data.frame_rate(inputs["dataset"], (config.frames - 1) * stride + 1, "lower `frames` or `stride`, or raise `fps`")
     codec: Any = load_codec(inputs["vae"]).requires_grad_(False) if "vae" in inputs else Pixels()
     codec = codec.eval().to(device())
+    if "vae" in inputs:
+        _check_streams(inputs["vae"], codec)
     text = data.text_of(inputs)
     name = inputs.get("image", config.image)
     encoder = checked_encoder(name, config.size, "image") if name else None
@@ -124,7 +127,7 @@ def prepare(config: Config, inputs: Mapping[str, str], folder: Path) -> Setup:
     except ValueError as e:
         raise e if isinstance(e, UserError | Failure) else UserError(str(e)) from e
     setup = Setup(inputs, codec, text, encoder, spans, model, rate / stride, stride)
-    if "vae" in inputs and "base" not in inputs:
+    if "vae" in inputs and "base" not in inputs and not _has_learned_scale(config, codec):
         _normalise(config, setup)
     _keep_still(config, model)
     _check_cuts(config, setup)
@@ -178,6 +181,21 @@ def _digest(codec: Any) -> str | None:
 
 
 @torch.no_grad()
+def _check_streams(uri: str, codec: Codec) -> None:
+    """Refuse an autoencoder that decodes no stream, as gaps are decoded: UserError, before training and not after it."""
+    latent = torch.zeros(1, codec.config.latent_channels, 1, 1, 1, dtype=codec.dtype, device=device())
+    try:
+        next(codec.decode_stream([latent]))
+    except ValueError as e:
+        raise UserError(f"vae: {uri}: decodes no stream, and so no gap ({e}); name another") from e
+
+
+def _has_learned_scale(config: Config, codec: Any) -> bool:
+    """Whether a public U-Net has learned latents as they come: its own autoencoder scales them for it."""
+    return config.unet is not None and isinstance(codec, ForeignCodec)
+
+
+@torch.no_grad()
 def _normalise(config: Config, setup: Setup) -> None:
     """Normalise latents by the mean and deviation of some windows', encoded as in training."""
     windows = loader_of(config, setup, "train", batch=1, seed=config.seed, columns={"video": "video"})
@@ -195,16 +213,18 @@ def _normalise(config: Config, setup: Setup) -> None:
 
 
 def _keep_still(config: Config, model: Mavin) -> None:
-    """Freeze all parts that `train` does not name."""
+    """Freeze all parts that `train` does not name, but for what a public U-Net lacks: that would stay as it was drawn."""
     if config.train == "all":
         return
     parts = [re.compile(PARTS[model.config.body][name]) for name in config.train]
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(any(part.match(name) for part in parts))
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+    named = {name for name, _ in model.named_parameters() if any(part.match(name) for part in parts)}
+    if not named:
         raise UserError(
             f"train: {', '.join(config.train)}: this model has no such part, and nothing would learn; name others"
         )
+    new = ("guide.", *(f"body.{name}" for name in NEW)) if config.unet else ()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in named or name.startswith(new))
 
 
 def _check_cuts(config: Config, setup: Setup) -> None:

@@ -34,7 +34,7 @@ _FIELDS = {  # of MavinConfig, as a public config.json names them
 }
 _STEPS = 1000  # times of the base go from 0 to 999
 _HEADS_IN = 8  # of the first attention over time
-_NEW = ("time_embedding.cond_proj.weight",)  # tensors that a base may lack
+NEW = ("time_embedding.cond_proj.weight",)  # tensors that a base may lack
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -383,7 +383,7 @@ def check_fits(ours: Mapping[str, Tensor], weights: Mapping[str, Tensor], folder
     """UserError where weights of a folder have other names or shapes than ours."""
     if unknown := sorted(weights.keys() - ours.keys()):
         raise UserError(f"unet: {folder}: has {unknown[0]}, which this body does not")
-    if absent := sorted(ours.keys() - weights.keys() - set(_NEW)):
+    if absent := sorted(ours.keys() - weights.keys() - set(NEW)):
         raise UserError(f"unet: {folder}: lacks {absent[0]}")
     if other := [name for name, value in weights.items() if value.shape != ours[name].shape]:
         has, needs = tuple(weights[other[0]].shape), tuple(ours[other[0]].shape)

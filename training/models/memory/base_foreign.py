@@ -102,7 +102,8 @@ def foreign_model(
     check_latents(uri, own, facts, data.latents, inputs["latents"])
 
     # The weights, and the states of "", which stand for no text.
-    model = MemoryBackbone(made, base.backbone if isinstance(base, MemoryBackbone) else base)
+    # a base is loaded in evaluation mode, in which nothing is hidden or recomputed
+    model = MemoryBackbone(made, base.backbone if isinstance(base, MemoryBackbone) else base).train()
     _load_memory(model, base, uri)
     if text is not None:
         check_text(uri, own, facts, text, inputs["text"])

@@ -153,6 +153,10 @@ class MemoryConfig(TrainConfig):
         """Seconds of history that a stream must have room for."""
         return self.history_seconds if self.history_least is None else self.history_least
 
+    def fewest(self, dit: MemoryModelConfig) -> int:
+        """The latents of history without which a segment is neither learned nor measured."""
+        return 0
+
     def histories(self, dit: MemoryModelConfig, least: int) -> Lengths:
         """The lengths of history of a segment, in latents. A stream must have room for `least` of them."""
         return history_lengths(dit, 0.0, least)

@@ -156,10 +156,23 @@ def captions_of(config: MemoryConfig, setup: Setup) -> dict[str, str]:
 
 
 def videos_of(config: MemoryConfig, setup: Setup) -> Loader:
-    """The pixels of held-out segments and of their history."""
-    columns = {"video": "video"} | setup.said(config) | captions_of(config, setup)
-    history = {"history_seconds": config.history_seconds, "history_least": config.least_seconds}
-    return common.loader(config, setup.inputs, "val", columns=columns, size=setup.data.size(), **HELDOUT, **history)
+    """The pixels of held-out segments and of their history.
+
+    Raises:
+        UserError: no segment has the history that is asked for, or that the memory needs.
+    """
+    model, columns = setup.model.config, {"video": "video"} | setup.said(config) | captions_of(config, setup)
+    least, fewest = config.least_seconds, setup.data.seconds(config.fewest(model))
+    history = {"history_seconds": config.history_seconds, "history_least": max(least, fewest)}
+    try:
+        return common.loader(config, setup.inputs, "val", columns=columns, size=setup.data.size(), **HELDOUT, **history)
+    except UserError as e:
+        if fewest <= least:
+            raise
+        raise UserError(
+            f"rates: a token stands for {model.group} steps, a segment has {setup.data.shape[0]}, so that {fewest:.3g} s must"
+            f" come before it; choose rates of less time, or raise frames ({e})"
+        ) from e
 
 
 def describe_memory(dit: MemoryModelConfig, data: Data) -> str:

@@ -53,5 +53,5 @@ def _retrieval(
     room, segment = batch["history_latent"].shape[3], batch["latent"].shape[3]
     if int(true_lengths(batch, room)) + segment < judged.model.config.group:
         return {}
-    stretch = groups_of(batch, judged.model)
-    return {"loss": float(retrieval.heldout_losses(judged.model, [(stretch, condition)], seed, unit).mean())}
+    clips, at_once = [(groups_of(batch, judged.model), condition)], retrieval.learned_at_once(judged.facts)
+    return {"loss": float(retrieval.heldout_losses(judged.model, clips, seed, unit, at_once).mean())}

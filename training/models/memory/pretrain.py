@@ -90,11 +90,15 @@ class Config(MemoryConfig):
     mask_mean: float = 0.2
     mask_std: float = Field(1.0, gt=0)
 
+    def fewest(self, dit: MemoryModelConfig) -> int:
+        """As many as fill a group of the memory together with the segment."""
+        assert dit.shape
+        return max(0, dit.group - dit.shape[0])
+
     def histories(self, dit: MemoryModelConfig, least: int) -> Lengths:
         """The lengths that occur in generation, and none, as far as history and segment fill a group of the memory."""
-        assert dit.shape
         lengths = history_lengths(dit, 0.0, least)
-        counts = tuple(count for count in (0, *lengths.some) if count + dit.shape[0] >= dit.group)
+        counts = tuple(count for count in (0, *lengths.some) if count >= self.fewest(dit))
         return replace(lengths, some=counts, least=max(least, counts[0]))
 
     @model_validator(mode="after")
@@ -164,7 +168,11 @@ def _sample(config: Any, setup: Setup, engines: Engines, rng: torch.Generator) -
 def facts(config: Config, setup: Setup, lineage: Mapping[str, Any]) -> dict[str, Any]:
     """What config.json says of the model (see `shared.facts_of`)."""
     sampling = {"steps": config.sample_steps, "guidance": 1.0, "shift": shift_of(config, setup.model)}
-    return facts_of(config, setup, lineage) | {"stage": "retrieval", "sampling": sampling}
+    return facts_of(config, setup, lineage) | {
+        "stage": "retrieval",
+        "sampling": sampling,
+        "retrieved": config.retrieved,
+    }
 
 
 def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from longtake.training.models.generator import Request, Settings, fields_of
 from longtake.training.models.memory import segments
 from longtake.training.models.memory.history import posterior_of
 from longtake.training.models.memory.model import MemoryModel
+from longtake.training.models.memory.retrieval import AT_ONCE, learned_at_once
 from longtake.training.registry import disk
 
 Stage = Literal["generation", "retrieval"]
@@ -47,6 +48,7 @@ class MemoryPrior:
     posterior  what of each latent it has learned
     prompts    the encoder of its texts; None for a model without
     pooled     that of a vector of each text, for a model that takes such
+    at_once    latents that it retrieves together
     """
 
     model: MemoryModel
@@ -61,6 +63,7 @@ class MemoryPrior:
     accepts: frozenset[str] = ACCEPTS
     prompts: Prompts | None = None
     pooled: Prompts | None = None
+    at_once: int = AT_ONCE
 
     @property
     def _factor(self) -> int:
@@ -196,6 +199,7 @@ def prior_of(
         accepts=ACCEPTS | texts.accepted(facts),
         prompts=Prompts(uri, facts["text"]["encoder"], model.config.text_length) if facts.get("text") else None,
         pooled=texts.pooled_for(uri, facts),
+        at_once=learned_at_once(facts),
     )
 
 

@@ -55,10 +55,12 @@ def recall(
     except ValueError as e:
         raise UserError(f"video: {e}") from e
     rng = torch.Generator().manual_seed(seed)
-    # some random ones at a time, as in training
+    # some random ones at a time, as many as training had
     times = torch.randperm(1 + -(-last // factor), generator=rng)
     shape = (stretch.high.shape[3], stretch.high.shape[4])
-    latents = retrieval.retrieve(model, memory, times.tolist(), shape, rng, settings.steps, settings.shift)
+    latents = retrieval.retrieve(
+        model, memory, times.tolist(), shape, rng, settings.steps, settings.shift, None, prior.at_once
+    )
     return _decode(prior, latents[:, :, times.argsort()]), _decode(prior, stretch.high[:, :, : len(times)])
 
 

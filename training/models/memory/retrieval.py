@@ -29,9 +29,10 @@ from longtake.training.models.memory.model import MemoryModel
 from longtake.training.models.memory.stretch import Stretch
 from longtake.training.models.memory.tokens import Memory, repeated
 
+AT_ONCE = 4  # latents that are retrieved together, by a model that has learned to retrieve as many
+
 _SHOWN = 4  # clips in retrieved.mp4
 _PICTURES = "shown-{}.npy"  # the frames of a video, which a rank leaves for rank 0 to join
-_AT_ONCE = 4  # latents that are retrieved together for a held-out loss
 _MEANS = ("psnr", "ssim", "psnr_bound", "ssim_bound", "psnr_copy_last", "psnr_copy_nearest")
 _AGAINST = (
     Against("retrieval", "psnr", "copying the last frame", "psnr_copy_last"),
@@ -56,6 +57,11 @@ class Video(NamedTuple):
         return cls(number, torch.cat([before[:, :, begin:], batch["video"]], dim=2), of_batch(batch), caption)
 
 
+def learned_at_once(facts: Mapping[str, Any]) -> int:
+    """How many latents a model retrieves together: what its training retrieved at most, where its config.json says so."""
+    return min(AT_ONCE, int(facts.get("retrieved", AT_ONCE)))
+
+
 @torch.no_grad()
 def retrieve(
     model: MemoryModel,
@@ -66,7 +72,7 @@ def retrieve(
     solver_steps: int = 50,
     shift: float = 1.0,
     condition: Condition | None = None,
-    at_once: int = 4,
+    at_once: int = AT_ONCE,
     first: int | None = 0,
 ) -> Tensor:
     """The latents that a memory holds at some times: `(B, C, len(times), H, W)`, normalised, fp32, in the order of `times`.
@@ -124,27 +130,42 @@ def trim_to_groups(video: Tensor, factor: int, group: int) -> Tensor:
 
 @torch.no_grad()
 def heldout_losses(
-    model: MemoryModel, clips: Iterable[tuple[Stretch, Condition | None]], seed: int, scale: Tensor | float = 1.0
+    model: MemoryModel,
+    clips: Iterable[tuple[Stretch, Condition | None]],
+    seed: int,
+    scale: Tensor | float = 1.0,
+    at_once: int = AT_ONCE,
 ) -> np.ndarray[Any, Any]:
     """The flow's loss `(clips, times)` of latents of held-out videos, one video a batch, given the memory of all of it.
 
-    The stretches are in whole groups. Of each, some random latents are to be retrieved. Times are spread evenly over 0..1,
-    and clip n always has the same latents and noise: so values compare between trainings on the same latents. `scale`
-    `(1, C, 1, 1, 1)` is the unit of errors where models normalise by different statistics.
+    The stretches are in whole groups. Of each, some random latents are to be retrieved, `at_once` together. Times are spread
+    evenly over 0..1, and clip n always has the same latents and noise: so values compare between trainings on the same
+    latents. `scale` `(1, C, 1, 1, 1)` is the unit of errors where models normalise by different statistics.
     """
     rows = []
     for number, (stretch, condition) in enumerate(clips):
         rng = flow.clip_rng(seed, number)
-        omega = torch.randperm(stretch.high.shape[2], generator=rng)[:_AT_ONCE].sort().values.to(stretch.high.device)
-        velocity = partial(
-            model,
-            times=stretch.start + omega,
-            memory=repeated(memory_of(model, stretch), flow.TIMES),
-            condition=condition and condition.expand(flow.TIMES),
-            first=stretch.first[:, omega],
-        )
+        omega = torch.randperm(stretch.high.shape[2], generator=rng)[:AT_ONCE].sort().values.to(stretch.high.device)
+        velocity = _velocity_of(model, stretch, omega, condition, at_once)
         rows.append(flow.losses_over_time(velocity, stretch.high[:, :, omega], rng, scale=scale))
     return np.stack(rows)
+
+
+def _velocity_of(
+    model: MemoryModel, stretch: Stretch, omega: Tensor, condition: Condition | None, at_once: int
+) -> flow.Velocity:
+    """The velocity of the latents `omega` of a stretch, given the memory of all of it, for a batch of `flow.TIMES` times."""
+    memory = repeated(memory_of(model, stretch), flow.TIMES)
+    told = condition and condition.expand(flow.TIMES)
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        parts = zip(x.split(at_once, dim=2), omega.split(at_once), strict=True)
+        made = [
+            model(part, t, stretch.start + which, memory, told, first=stretch.first[:, which]) for part, which in parts
+        ]
+        return torch.cat(made, dim=2)
+
+    return velocity
 
 
 def evaluate(
@@ -157,7 +178,7 @@ def evaluate(
     seed: int,
     solver_steps: int = 50,
     shift: float = 1.0,
-    at_once: int = 4,
+    at_once: int = AT_ONCE,
 ) -> dict[str, Any]:
     """PSNR and SSIM of held-out videos, retrieved: `retrieved.json` and `retrieved.mp4`, true above retrieved, in `folder`.
 

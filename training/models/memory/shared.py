@@ -175,7 +175,7 @@ def facts_of(config: MemoryConfig, setup: Setup, lineage: Mapping[str, Any]) -> 
     """The facts that both stages write into config.json, beside `config` (`MemoryModelConfig`) and `lineage`.
 
     `registry.load_with_facts(uri)` gives the model and its facts. Their `steps` are latents, but in `sampling`. Either
-    stage adds `stage` and `sampling`, and `finetune_memory_prior` adds `posterior`.
+    stage adds `stage` and `sampling`, `pretrain_memory` adds `retrieved` and `finetune_memory_prior` adds `posterior`.
 
         stage        "retrieval" (of `pretrain_memory`) or "generation" (of `finetune_memory_prior`)
         rates        ["4x4x2"] and so on; [] for a memory without rates
@@ -189,6 +189,7 @@ def facts_of(config: MemoryConfig, setup: Setup, lineage: Mapping[str, Any]) -> 
                      first one has `frames`, each later one `steps * factor`. `size` is height and width in pixels
         history      {"seconds": 20.0, "steps": 120}: what the memory has learned to hold, as in `config.history`
         sampling     {"steps": 50, "guidance": 1.0, "shift": 1.0}: the solver's steps; of generation `history_noise` too
+        retrieved    4: latents that it has learned to retrieve at once, at most; models of before do not say it
         posterior    "sample" or "mean", what of each latent the model has learned
     """
     data, dit, inputs = setup.data, setup.model.config, lineage["inputs"]

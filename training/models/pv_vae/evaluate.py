@@ -21,6 +21,7 @@ from longtake.training.metrics.share import batches, mine, place, united
 from longtake.training.metrics.trivial import Against, comparisons, mean_colour, scaled_down
 from longtake.training.models.common.autoencoder import VideoAutoencoder
 from longtake.training.models.common.codec import reconstruct_video
+from longtake.training.models.common.draws import rng_of
 from longtake.training.models.common.reconstruction import compared
 from longtake.training.models.common.video import write_panels
 
@@ -82,7 +83,7 @@ def evaluate(
     for number, batch in batches(loader, count, "evaluate"):
         video = to_model(batch["video"].to(device))
         latent = model.encode(video).mode()
-        figures, full, half = compared(model, video, latent)
+        figures, full, half = compared(model, video, latent, rng_of(seed, number))
         visible = int(figures.pop("frames_visible"))
         row = {"key": batch["key"][0], "frames": video.shape[2], "frames_visible": visible, **figures}
         row |= _trivial_figures(model, video, visible)

@@ -124,6 +124,8 @@ class Config(GANConfig, EvaluatedConfig):
 
     @model_validator(mode="after")
     def _valid_windows(self) -> "Config":
+        # one frame is one latent, and more are more than one
+        self.check_probes(self.frames)
         if known := self.encoder():
             check_windows(self, known)
         if self.lora is not None and self.parent is None:

@@ -119,6 +119,7 @@ class Config(EvaluatedConfig):
             )
         if any(side % model.spatial_stride for side in self.size):
             raise ValueError(f"size {self.size[0]}x{self.size[1]}: the model needs multiples of {model.spatial_stride}")
+        self.check_probes(self.frames // model.temporal_stride)
         if self.warm_steps >= self.steps:
             raise ValueError(
                 f"warm_steps {self.warm_steps}: leave none of {self.steps} steps to the codebook; lower them"

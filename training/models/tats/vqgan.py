@@ -198,14 +198,14 @@ class VQGAN(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self.encoder.parameters()).dtype
 
-    def encode(self, video: Tensor) -> Tensor:
-        """Latents `(B, D, t, h, w)` before the codebook. ValueError for a shape that does not divide."""
+    def encode(self, video: Tensor) -> Posterior:
+        """Latents `(B, D, t, h, w)` before the codebook, which are certain. ValueError for a shape that does not divide."""
         self._check(video)
-        return self._latents(video)
+        return _certain(self._latents(video))
 
     def tokens(self, video: Tensor) -> Tensor:
         """The tokens of a clip, int64 `(B, t, h, w)`. ValueError for a shape that does not divide."""
-        return self.codebook.tokens(self.encode(video))
+        return self.codebook.tokens(self.encode(video).mode())
 
     def decode(self, z: Tensor) -> Tensor:
         """The video of the codes that are nearest to latents, not clamped to [-1, 1]."""
@@ -221,7 +221,7 @@ class VQGAN(nn.Module):
         In training mode it moves the codes. Without `quantise`, or while nothing has seeded the codes, the latents themselves
         are decoded, the codebook stays as it is, and tokens and loss are 0.
         """
-        z = self.encode(video)
+        z = self.encode(video).mode()
         if not quantise or not (self.training or self.codebook.updates):
             zero = z.new_zeros((), dtype=torch.float32)
             return self._video(z), torch.zeros_like(z[:, 0], dtype=torch.int64), zero, Usage(zero, zero)
@@ -269,7 +269,7 @@ class VQGAN(nn.Module):
     def encode_stream(self, chunks: Iterable[Tensor], chunk: int = 16, tile: int | None = None) -> Iterator[Posterior]:
         """`encode` as `tokens_stream` has it, of latents that are certain; see `Codec`."""
         for z in self._encoded(chunks, chunk, tile):
-            yield Posterior(z, torch.full_like(z, -30.0))
+            yield _certain(z)
 
     def decode_stream(self, latents: Iterable[Tensor], chunk: int = 16, tile: int | None = None) -> Iterator[Tensor]:
         """`decode` of latents `(B, D, any, h, w)`, as `decode_tokens_stream` has it."""
@@ -350,6 +350,10 @@ class VQGAN(nn.Module):
         height, width, space = *video.shape[3:], self.config.spatial_stride
         if height % space or width % space or not height * width:
             raise ValueError(f"video is {height}x{width}; VQGAN needs height and width in multiples of {space}")
+
+
+def _certain(z: Tensor) -> Posterior:
+    return Posterior(z, torch.full_like(z, -30.0))
 
 
 def _positive(chunk: int) -> int:

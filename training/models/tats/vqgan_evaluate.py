@@ -75,7 +75,7 @@ def evaluate(
     sources, copies = (Sample(n, network) if network else None for n in ("sources", "copies"))
     for number, batch in batches(loader, count, "evaluate"):
         video = seen(batch)
-        z = model.encode(video)
+        z = model.encode(video).mode()
         tokens = model.codebook.tokens(z)
         made = model.decode_tokens(tokens).float().clamp(-1, 1)
         histogram += equivariance.histogram(codes, tokens).cpu()
@@ -187,4 +187,4 @@ def _pairs(model: VQGAN, loader: Loader, count: int) -> Iterator[tuple[Tensor, T
     """This rank's latents and videos of the first `count` clips."""
     for _, batch in batches(loader, count, "probe"):
         video = _pixels(model, batch)
-        yield model.encode(video).float(), _at_latents(model, video)
+        yield model.encode(video).mode().float(), _at_latents(model, video)

@@ -11,6 +11,7 @@ from torch import Tensor
 from longtake.training.models.common.codec import Pixels, Posterior
 from longtake.training.models.mavin import encode
 from longtake.training.models.mavin.guidance import boundary_tokens
+from longtake.training.models.tats.vqgan import VQGAN, config_from_preset
 from longtake.training.pictures import load_image_encoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -29,7 +30,8 @@ class BothWays:
 
 
 def codecs() -> dict[str, Any]:
-    return {"pv_vae": latent_stages.vae(), "pixels": Pixels(), "both ways": BothWays()}
+    vqgan = VQGAN(config_from_preset("vqgan_tiny"))
+    return {"pv_vae": latent_stages.vae(), "pixels": Pixels(), "both ways": BothWays(), "vqgan": vqgan}
 
 
 def clip(codec: Any, latents: int, seed: int = 0) -> Tensor:
@@ -38,7 +40,7 @@ def clip(codec: Any, latents: int, seed: int = 0) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-@pytest.mark.parametrize("name", ["pv_vae", "pixels", "both ways"])
+@pytest.mark.parametrize("name", ["pv_vae", "pixels", "both ways", "vqgan"])
 @pytest.mark.parametrize("span", [(1, 2), (2, 5), (3, 4)])
 def test_changing_the_middle_changes_no_clean_latent_and_no_token(name: str, span: tuple[int, int]) -> None:
     codec, image = codecs()[name], load_image_encoder("own")

@@ -8,7 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import foreign_codecs
 import latent_stages
+import public_unet
 import pytest
 import torch
 from flat import nested
@@ -25,6 +27,7 @@ from longtake.training.models.mavin import finetune
 from longtake.training.models.mavin.finetune import Config, check, draw
 from longtake.training.models.mavin.model import Mavin
 from longtake.training.models.mavin.windows import cut
+from longtake.training.models.tats.vqgan import VQGAN, config_from_preset
 from longtake.training.registry import disk
 from longtake.training.registry.gate import Window
 
@@ -209,6 +212,27 @@ def test_only_the_parts_that_are_named_learn(dataset: str, tmp_path: Path) -> No
         prepared(config(base="base", model=None, image=None, train=("guidance",)), inputs, tmp_path / "no", finetune)
 
 
+def test_what_a_public_unet_lacks_learns_beside_the_parts_that_are_named(dataset: str, tmp_path: Path) -> None:
+    chosen = config(unet=public_unet.folder(tmp_path / "unet"), model=UNET, train=("temporal",))
+    model = prepared(chosen, {"dataset": dataset}, tmp_path / "run", finetune).model
+    learns = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    new = {"guide.image_in.project.weight", "guide.image_in.project.bias", "guide.image_in.sides"}
+    new |= {"body.time_embedding.cond_proj.weight"}
+    assert new < learns and all("temp_convs" in name for name in learns - new)
+
+
+def test_a_public_unet_is_given_latents_as_its_own_autoencoder_scales_them(
+    inputs: dict[str, str], tmp_path: Path
+) -> None:
+    foreign_codecs.CODECS["kl"][0]().save_pretrained(tmp_path / "kl")
+    four = {"unet": public_unet.folder(tmp_path / "four", channels=4), "model": UNET, "vae": "vae", "frames": 8}
+    own = prepared(config(**four), inputs | {"vae": str(tmp_path / "kl")}, tmp_path / "own", finetune).model
+    assert not own.latent_mean.any() and (own.latent_std == 1).all()
+    eight = four | {"unet": public_unet.folder(tmp_path / "eight", channels=8), "frames": 14, "size": (32, 32)}
+    other = prepared(config(**eight), inputs, tmp_path / "other", finetune).model
+    assert other.latent_mean.any() and (other.latent_std != 1).all()
+
+
 @pytest.mark.slow
 def test_two_ranks_learn_what_one_does(
     inputs: dict[str, str], tmp_path: Path, module_ranks: Callable[[int, str], Any]
@@ -331,6 +355,20 @@ def test_windows_that_no_clip_or_autoencoder_has_are_refused(inputs: dict[str, s
             continue
         with pytest.raises(UserError, match=message):
             prepared(latents(**changes), inputs, tmp_path, finetune)
+
+
+def test_an_autoencoder_that_decodes_no_stream_is_refused_before_training(dataset: str, tmp_path: Path) -> None:
+    for norm in ("rms", "group"):
+        vqgan = VQGAN(config_from_preset("vqgan_tiny", norm=norm))
+        described = vqgan.config.model_dump(mode="json")
+        disk.save(tmp_path / norm, "vqgan", described, vqgan.state_dict(), {"lineage": {}})
+    chosen = config(vae="vae", frames=24, model=MODEL | {"patch": 1})
+    given = {"dataset": dataset, "vae": str(tmp_path / "rms")}
+    assert prepared(chosen, given, tmp_path / "one", finetune).spans.latents == 6
+    with pytest.raises(
+        UserError, match=r"vae: \S+group: decodes no stream, and so no gap .norm group: a token depends on the whole"
+    ):
+        prepared(chosen, given | {"vae": str(tmp_path / "group")}, tmp_path / "other", finetune)
 
 
 def test_frames_are_taken_by_rate(dataset: str, tmp_path: Path) -> None:

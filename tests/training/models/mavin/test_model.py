@@ -1,13 +1,12 @@
 """The model: both bodies, what they are told, and the public U-Net's weights."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from public_unet import folder
 from pydantic import ValidationError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from longtake.datasets.errors import UserError
@@ -224,28 +223,6 @@ def test_it_computes_what_the_public_one_does_with_the_same_weights(widths: tupl
     out = ours(x, t[:, None].expand(2, 5), length, tokens)
     assert expected.std() > 0.1
     torch.testing.assert_close(out, expected, atol=2e-5, rtol=1e-4)
-
-
-def folder(path: Path, **changes: Any) -> str:
-    """A folder as diffusers writes it, without diffusers, of our own weights."""
-    torch.manual_seed(0)
-    net = UNet(config_from_preset("mavin_unet_tiny", widths=(16, 32), channels=3))
-    path.mkdir(parents=True)
-    weights = {name: value for name, value in net.state_dict().items() if "cond_proj" not in name}
-    save_file(weights, path / "diffusion_pytorch_model.safetensors")
-    described = {
-        "_class_name": "UNet3DConditionModel",
-        "block_out_channels": [16, 32],
-        "layers_per_block": 2,
-        "cross_attention_dim": 32,
-        "attention_head_dim": 8,
-        "norm_num_groups": 8,
-        "in_channels": 3,
-        "down_block_types": ["CrossAttnDownBlock3D", "DownBlock3D"],
-        "up_block_types": ["UpBlock3D", "CrossAttnUpBlock3D"],
-    }
-    (path / "config.json").write_text(json.dumps(described | changes))
-    return str(path)
 
 
 @torch.no_grad()

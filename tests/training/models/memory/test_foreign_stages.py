@@ -206,6 +206,24 @@ def test_attention_to_the_memory_s_states_learns_in_the_second_stage_too(
     assert torch.equal(weights[whole], before[whole])
 
 
+def test_a_base_learns_with_texts_hidden_and_its_blocks_computed_again(inputs: dict[str, str], tmp_path: Path) -> None:
+    chosen = with_lora(continuing(model=MEMORY | {"activation_checkpointing": True}), inputs)
+    setup = latent_stages.prepared(chosen, inputs, tmp_path / "run", finetune_memory_prior)
+    objective = finetune_memory_prior.objective(chosen, setup)
+    batch, passes = next(iter(finetune_memory_prior.loader(chosen, setup, 0, 1))), list[Any]()
+    next(setup.model.blocks()).register_forward_pre_hook(lambda *_: passes.append(None))
+
+    def loss(chance: float) -> torch.Tensor:
+        given = batch | {"chances": torch.full_like(batch["chances"], chance)}
+        turn = latent_stages.turn(setup.model, given, torch.Generator().manual_seed(0))
+        return objective.loss(turn)[0]
+
+    assert loss(0.0) != loss(1.0), "a tenth of the texts is hidden"
+    passes.clear()
+    loss(1.0).backward()
+    assert len(passes) == 2
+
+
 def test_what_learns_in_full_begins_as_it_is_stored(inputs: dict[str, str], tmp_path: Path) -> None:
     given = {name: uri for name, uri in inputs.items() if name != "low_latents"}
     half = {"precision": "bf16", "low_latents": None, "model": {**PLAIN, "memory": "patchify"}}

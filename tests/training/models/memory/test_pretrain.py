@@ -24,18 +24,20 @@ from longtake.infra import graph, recipe
 from longtake.pipeline.stages import cache_latents, shard
 from longtake.training import registry
 from longtake.training.models.common import flow
+from longtake.training.models.kind import Judged
 from longtake.training.models.memory import pretrain as pretrain_memory
 from longtake.training.models.memory import retrieval
 from longtake.training.models.memory.base import initial_model
 from longtake.training.models.memory.config import MemoryConfig
-from longtake.training.models.memory.data import Data, Setup, data_of, describe_memory, loader_of, videos_of
+from longtake.training.models.memory.data import Data, Setup, data_of, describe_memory, heldout_of, loader_of, videos_of
 from longtake.training.models.memory.dit import MemoryDiT
 from longtake.training.models.memory.dit_config import config_from_preset
 from longtake.training.models.memory.history import full_tokens, groups_of, memory_of, stretch_of
+from longtake.training.models.memory.judge import judge
 from longtake.training.models.memory.pretrain import Config, check
 from longtake.training.models.memory.stretch import Stretch, gather_latents
 from longtake.training.models.pv_vae.model import PVVAE
-from longtake.training.registry import disk
+from longtake.training.registry import disk, lineage
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -336,6 +338,35 @@ def test_a_history_that_fills_no_group_is_not_drawn(inputs: dict[str, str], tmp_
     for batch in islice(loader, 20):
         stretch = groups_of(batch, setup.model)
         assert stretch.skip is None or (stretch.skip < stretch.high.shape[2]).all()
+
+
+def test_a_held_out_clip_whose_history_fills_no_group_is_not_measured(inputs: dict[str, str], tmp_path: Path) -> None:
+    four = dit(rates=["2x2x4"], branches="high")
+    chosen = config(history_least=0.0, low_latents=None, eval_clips=9, sample_steps=1, **four)
+    setup = prepared(chosen, alone(inputs), tmp_path)
+    setup.model.eval()
+    pretrain_memory.evaluate(chosen, setup, tmp_path)
+    summary, clips = json.loads((tmp_path / "retrieved.json").read_text())["summary"], videos_of(chosen, setup)
+    assert summary["clips"] == min(9, clips.samples) and clips.samples_without_history
+    # before training, where none has
+    long = config(history_seconds=30.0, history_least=0.0, low_latents=None, **dit(rates=["2x2x64"], branches="high"))
+    with pytest.raises(
+        UserError, match=r"rates: a token stands for 64 steps, a segment has 3, so that 20\.3 s must"
+    ) as e:
+        videos_of(long, prepared(long, alone(inputs), tmp_path))
+    assert "\n" not in str(e.value)
+
+
+def test_a_gate_retrieves_as_many_latents_together_as_training_did(inputs: dict[str, str], tmp_path: Path) -> None:
+    chosen, counts = config(retrieved=1), list[int]()
+    setup = prepared(chosen, inputs, tmp_path)
+    facts = pretrain_memory.facts(chosen, setup, lineage.read(tmp_path))
+    setup.model.eval().register_forward_pre_hook(lambda _, given: counts.append(given[0].shape[2]))
+    batch = next(iter(heldout_of(chosen, setup)))
+    for learned, expected in ((facts, [1] * 4), ({"stage": "retrieval"}, [4])):
+        counts.clear()
+        figures = judge(learned).figures(Judged("", setup.model, learned), batch, None, 0, 1.0)
+        assert counts == expected and figures["loss"] > 0
 
 
 def test_where_nothing_is_scaled_down_both_branches_read_the_same_column(

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from longtake.training.models.common.causal import CausalConv3d, Downsample, Upsample, fold, unfold
 from longtake.training.models.common.codec import Posterior, frames_of, latent_groups
+from longtake.training.models.common.reconstruction import judge
+from longtake.training.models.kind import Judged
 from longtake.training.models.pv_vae.model import PRESETS, PVVAE, PVVAEConfig, config_from_preset
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -148,6 +150,18 @@ def test_noise_padding_is_standard_normal_and_has_no_parameter():
     assert not list(padding.parameters())
     assert abs(tail.mean().item()) < 0.02
     assert abs(tail.std().item() - 1) < 0.02
+
+
+@pytest.mark.parametrize("seeds", [(3, 3), (3, 4)])
+def test_what_is_predicted_from_noise_depends_on_the_seed_alone(seeds: tuple[int, int]) -> None:
+    model = awake_model(SMALL.model_copy(update={"padding": "noise"}))
+    video = ((clip(9) + 1) * 127.5).byte()
+    judged, found = Judged("", model, {}), []
+    for number, seed in enumerate(seeds):
+        torch.manual_seed(number)
+        with torch.no_grad():
+            found.append(judge({}).figures(judged, {"video": video}, None, seed, 1.0)["psnr_predicted"])
+    assert (found[0] == found[1]) == (seeds[0] == seeds[1])
 
 
 @pytest.mark.parametrize(
