@@ -40,7 +40,7 @@ class Colours:
     def shown_frames(self, frames: int) -> int:
         return 1 + (frames - 1) // 8 * 4
 
-    def reconstruct(self, video: Tensor, visible: int) -> Tensor:
+    def reconstruct(self, video: Tensor, visible: int, rng: torch.Generator) -> Tensor:
         """Right to a tenth of the range where it is seen, and to a hundredth of it elsewhere."""
         error = torch.where(torch.arange(video.shape[2]) < visible, 0.2, 0.02)
         return video + error[:, None, None]
