@@ -6,7 +6,6 @@ in the order of work follow from the identity alone, never from names or listing
 on the local disk, so that memory does not grow with their number.
 """
 
-import contextlib
 import hashlib
 import sys
 from collections import Counter
@@ -24,6 +23,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from longtake.datasets import annotations, index, later, schema, storage
+from longtake.pipeline.buckets import KNOWN, Buckets, ids_of, is_first, shares
 from longtake.pipeline.changes import Changes
 from longtake.pipeline.copies import separated
 from longtake.pipeline.discover import find
@@ -34,8 +34,6 @@ from longtake.pipeline.seen import Seen, batches
 
 _SAMPLE_BYTES = 1 << 16
 _ROWS_A_ROW_GROUP = 1 << 16
-_ROWS_AT_ONCE = 1 << 17
-_KNOWN_COLUMNS = ("source", "uri", "split")
 _NEW_COLUMNS = ("source", "uri", "bytes", "extra", "sampled")
 _UNSIZED_IN_A_GROUP = 128  # sources of unknown size that fill it
 
@@ -56,12 +54,6 @@ def identify(listing: pa.RecordBatch, threads: ThreadPoolExecutor) -> np.ndarray
     if len(untagged):
         ids[~tagged] = list(threads.map(_by_samples, untagged["uri"].to_pylist(), untagged["bytes"].to_pylist()))
     return ids
-
-
-def _ids(column: pa.ChunkedArray) -> np.ndarray:
-    """A column of identities as (N,) bytes."""
-    texts = column.combine_chunks().cast(pa.binary()).cast(pa.binary(20))
-    return np.frombuffer(texts.buffers()[1], "S20", len(texts), texts.offset * 20)
 
 
 def _by_samples(uri: str, size: int | None) -> str:
@@ -102,8 +94,8 @@ def assign(
     for listed, known in buckets:
         new, ids = _merged_by_uri(listed)
         numbers = np.arange(len(ids))
-        first = np.maximum.accumulate(np.where(_changes(ids), numbers, 0))
-        val = (_share(ids) < val_fraction) ^ (ids == (swapped or "").encode())
+        first = np.maximum.accumulate(np.where(is_first(ids), numbers, 0))
+        val = (shares(ids) < val_fraction) ^ (ids == (swapped or "").encode())
         repeats = first != numbers
         originals = np.full(len(ids), None, object)
         originals[repeats] = new["uri"].take(pa.array(first[repeats])).to_pylist()
@@ -123,16 +115,11 @@ def assign(
             yield pa.table({name: columns[name] for name in schema.PLAN.names}, schema=schema.PLAN)
 
 
-def _changes(ordered: np.ndarray) -> np.ndarray:
-    """(N,) bool: a value is the first, or another than the one before."""
-    return np.append(True, ordered[1:] != ordered[:-1])
-
-
 def _merged_by_uri(new: pa.Table) -> tuple[pa.Table, np.ndarray]:
     """Rows and their identities in order of (identity, URI); rows of the same URI are merged, with all annotations."""
-    ids = _ids(new["source"])
+    ids = ids_of(new["source"])
     order = np.argsort(ids, kind="stable")
-    starts = np.flatnonzero(_changes(ids[order]))
+    starts = np.flatnonzero(is_first(ids[order]))
     lengths = np.diff(np.append(starts, len(ids)))
     keep = np.ones(len(ids), bool)
     extras: dict[int, str | None] = {}  # of merged rows
@@ -141,7 +128,7 @@ def _merged_by_uri(new: pa.Table) -> tuple[pa.Table, np.ndarray]:
         uris = np.array(new["uri"].take(pa.array(alike)).to_pylist())
         by_uri = np.argsort(uris, kind="stable")
         order[start : start + length] = alike = alike[by_uri]
-        firsts = np.flatnonzero(_changes(uris[by_uri]))
+        firsts = np.flatnonzero(is_first(uris[by_uri]))
         keep[start : start + length] = False
         keep[start + firsts] = True
         for rows in np.split(alike, firsts[1:]):
@@ -157,15 +144,9 @@ def _merged_by_uri(new: pa.Table) -> tuple[pa.Table, np.ndarray]:
     return table, ids[order]
 
 
-def _share(ids: np.ndarray) -> np.ndarray:
-    """(N,) in [0, 1) from the last digits of each identity, which do not depend on its place in the order."""
-    digits = np.ascontiguousarray(ids).view("u1").reshape(len(ids), 20)[:, -8:].tobytes()
-    return np.frombuffer(bytes.fromhex(digits.decode()), ">u4") / 2.0**32
-
-
 def share_of(uri: str, size: int) -> float:
     """Where a source of so many bytes and no tag stands between 0 and 1: it is held out where that is below `val_fraction`."""
-    return float(_share(np.array([_by_samples(uri, size)], "S20"))[0])
+    return float(shares(np.array([_by_samples(uri, size)], "S20"))[0])
 
 
 @dataclass
@@ -210,7 +191,7 @@ def plan(
         # numbered before reading: a plan that another driver writes meanwhile takes the number of this one
         old = [storage.join(folder, name) for name in index.table_names(folder)]
         with storage.spool_folder(dataset) as spool, storage.failing_clearly(str(spool)):
-            new, tries, listed = _Buckets(spool / "new"), read_tries(dataset), Listed(dataset, patterns)
+            new, tries, listed = Buckets(spool / "new"), read_tries(dataset), Listed(dataset, patterns)
             if not tries.awaited and listed.is_planned():
                 return groups(dataset)
             seen, changes = Seen(old, tries), Changes(dataset, old, spool / "changes")
@@ -227,8 +208,8 @@ def plan(
             if not new.count:
                 listed.remember()
                 return groups(dataset)
-            known = _Buckets(spool / "known")
-            for batch in chain.from_iterable(batches(url, _KNOWN_COLUMNS) for url in old):
+            known = Buckets(spool / "known")
+            for batch in chain.from_iterable(batches(url, KNOWN) for url in old):
                 # a source of which nothing was read has no duplicates
                 known.add(_without_unread(pa.table(batch), tries))
             known.close()
@@ -259,7 +240,7 @@ def _write_changes(dataset: str, changes: Changes) -> None:
         )
 
 
-def _sorted_buckets(new: "_Buckets", known: "_Buckets", threads: int) -> Iterator[tuple[pa.Table, pa.Table]]:
+def _sorted_buckets(new: Buckets, known: Buckets, threads: int) -> Iterator[tuple[pa.Table, pa.Table]]:
     with ThreadPoolExecutor(threads) as pool:
         for bucket in tqdm(sorted(new.names), "sort", unit="bucket", delay=2):
             earlier = known.read(bucket)
@@ -267,7 +248,7 @@ def _sorted_buckets(new: "_Buckets", known: "_Buckets", threads: int) -> Iterato
 
 
 def _identify_new(
-    listings: Iterator[pa.RecordBatch], seen: Seen, new: "_Buckets", threads: int, awaited: Mapping[str, Any]
+    listings: Iterator[pa.RecordBatch], seen: Seen, new: Buckets, threads: int, awaited: Mapping[str, Any]
 ) -> set[str]:
     """Put new sources into buckets; returns the URIs of `awaited` among them, which are listed with another size."""
     resized = set[str]()
@@ -285,7 +266,7 @@ def _identify_new(
     return resized
 
 
-def _plan_again(rows: Sequence[Mapping[str, Any]], new: "_Buckets") -> None:
+def _plan_again(rows: Sequence[Mapping[str, Any]], new: Buckets) -> None:
     """Put sources that were unreachable into buckets; one whose content was already known keeps its identity."""
     again = []
     for row in rows:
@@ -307,62 +288,6 @@ def _without_unread(known: pa.Table, tries: Tries) -> pa.Table:
     )
     unread = pc.or_(pc.is_in(keys, unread_keys), pc.is_in(known["source"], tries.lost))
     return known.filter(pc.invert(unread))
-
-
-class _Buckets:
-    """Rows on the local disk in a file for each two first digits of identities, so that each file is sorted in memory."""
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir()
-        self._folder, self._files, self._tables = folder, contextlib.ExitStack(), list[pa.Table]()
-        self._writers: dict[str, pa.ipc.RecordBatchStreamWriter] = {}
-        self.names: set[str] = set()
-        self.count = 0
-        self.first, self._last, self._shares = "g", "", (1.0, 0.0)
-
-    def add(self, table: pa.Table) -> None:
-        if not len(table):
-            # of sources that are known, none may have been read
-            return
-        self._tables.append(table)
-        self.count += len(table)
-        if sum(map(len, self._tables)) >= _ROWS_AT_ONCE:
-            self._spill()
-
-    def _spill(self) -> None:
-        table = pa.concat_tables(self._tables)
-        ids = _ids(table["source"])
-        self._tables.clear()
-        order = np.argsort(ids, kind="stable")
-        table, ids = table.take(pa.array(order)).combine_chunks(), ids[order]
-        shares = _share(ids)
-        self.first, self._last = min(self.first, ids[0].decode()), max(self._last, ids[-1].decode())
-        self._shares = min(self._shares[0], float(shares.min())), max(self._shares[1], float(shares.max()))
-        prefixes = ids.astype("S2")
-        starts = np.flatnonzero(_changes(prefixes))
-        for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(ids)], strict=True):
-            name = prefixes[start].decode()
-            if name not in self.names:
-                self.names.add(name)
-                file = self._files.enter_context((self._folder / name).open("wb"))
-                self._writers[name] = self._files.enter_context(pa.ipc.new_stream(file, table.schema))
-            self._writers[name].write_table(table.slice(start, end - start))
-
-    def close(self) -> None:
-        if self._tables:
-            self._spill()
-        self._files.close()
-
-    def read(self, name: str) -> pa.Table:
-        if name not in self.names:
-            return schema.PLAN.empty_table().select(_KNOWN_COLUMNS)
-        with (self._folder / name).open("rb") as f:
-            return pa.ipc.open_stream(f).read_all()
-
-    def one_sided(self, val_fraction: float) -> bool:
-        """Whether all of several sources would fall into one split."""
-        low, high = self._shares
-        return 0 < val_fraction < 1 and self.first != self._last and (low < val_fraction) == (high < val_fraction)
 
 
 def _write(path: Path, tables: Iterable[pa.Table]) -> None:

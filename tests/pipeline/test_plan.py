@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from longtake.datasets import annotations, schema
-from longtake.pipeline import plan
+from longtake.pipeline import buckets, plan
 
 identities = st.lists(st.text("0123456789abcdef", min_size=20, max_size=20), min_size=1, max_size=40)
 FIRST = {"train": 0, "val": 0}
@@ -139,8 +139,8 @@ def test_many_rows_are_planned_as_few_are_and_growth_appends(tmp_path: Path, mon
         return plan_rows(str(tmp_path / name))
 
     whole = planned("whole")
-    for name, size in (("_ROWS_AT_ONCE", 64), ("_ROWS_A_ROW_GROUP", 16)):
-        monkeypatch.setattr(plan, name, size)
+    monkeypatch.setattr(buckets, "_ROWS_AT_ONCE", 64)
+    monkeypatch.setattr(plan, "_ROWS_A_ROW_GROUP", 16)
     assert planned("parts") == whole
     assert sorted(r["uri"] for r in whole) == sorted(r["uri"] for r in rows)
     assert all(json.loads(r["extra"]) == {"caption": r["uri"][7:-4]} for r in whole)
