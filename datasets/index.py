@@ -276,7 +276,9 @@ def read_tries(dataset: str) -> pa.Table:
 
 
 def last_tries(tries: pa.Table) -> pa.Table:
-    """The rows without sources that could not be read and were planned again, under the same URI, in another group."""
+    """The rows without those of sources that were planned again, under the same URI, in another group: sources that could not
+    be read, and copies of them.
+    """
     unread = pc.fill_null(pc.is_in(tries["reason"], pa.array(schema.UNREAD)), False)
     if not pc.any(unread).as_py():
         return tries
@@ -291,8 +293,19 @@ def last_tries(tries: pa.Table) -> pa.Table:
     superseded = {
         one.row for same in by_uri.values() for one in same if one.failed and any(map(one.is_repeated_by, same))
     }
+    superseded |= _copies_of_unread(tries, unread)
     rows = [row for row in range(len(tries)) if row not in superseded]
     return tries.take(pa.array(rows, pa.int64())) if superseded else tries
+
+
+def _copies_of_unread(tries: pa.Table, unread: pa.ChunkedArray) -> set[int]:
+    """Rows of duplicates of what could not be read that have another row: the identity and the URI are the same."""
+    alike = pc.is_in(tries["source"], tries["source"].filter(unread))
+    columns = [tries[name].filter(alike).to_pylist() for name in ("source", "uri", "reason")]
+    by_copy: dict[tuple[str, str], list[tuple[bool, int]]] = {}
+    for row, source, uri, reason in zip(np.flatnonzero(alike).tolist(), *columns, strict=True):
+        by_copy.setdefault((source, uri), []).append((reason != "duplicate", row))
+    return {row for same in by_copy.values() for tried, row in same if not tried and (tried, row) != max(same)}
 
 
 @dataclass(frozen=True)

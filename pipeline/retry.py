@@ -34,8 +34,8 @@ class Tries:
     Attributes:
         unread: the last row of each source of which nothing was read, with columns of schema.SOURCES.
         lost: identities of which nothing was ever read.
-        awaited: rows of `unread` that are worth another try, each with the number of its `tries`.
-        repeated: URIs of unreachable sources that were planned again.
+        awaited: rows that are worth another try, each with the number of its `tries`: unreachable sources, and copies of `lost`.
+        repeated: URIs of such sources that were planned again.
     """
 
     unread: pa.Table
@@ -69,20 +69,19 @@ def read_tries(dataset: str, threads: int = 16) -> Tries:
     last = index.last_tries(rows)
     unread, read = last.filter(_is_unread(last)), last.filter(pc.invert(_is_unread(last)))
     read = read.filter(pc.invert(pc.fill_null(pc.equal(read["reason"], "duplicate"), False)))
-    lost = unread["source"].filter(pc.invert(pc.is_in(unread["source"], read["source"])))
+    lost = unread["source"].filter(pc.invert(pc.is_in(unread["source"], read["source"]))).combine_chunks()
 
-    answered = set(read["uri"].filter(pc.is_in(read["uri"], unread["uri"])).to_pylist())
-    unreachable = rows.filter(pc.equal(rows["reason"], "unreachable"))
-    counts = Counter(zip(unreachable["uri"].to_pylist(), unreachable["bytes"].to_pylist(), strict=True))
+    hopeful = last.filter(_may_be_read(last, lost))
+    answered = set(read["uri"].filter(pc.is_in(read["uri"], hopeful["uri"])).to_pylist())
+    tried = rows.filter(_may_be_read(rows, lost))
+    counts = Counter(zip(tried["uri"].to_pylist(), tried["bytes"].to_pylist(), strict=True))
     awaited = [
-        row | {"tries": counts[row["uri"], row["bytes"]]}
-        for row in unread.filter(pc.equal(unread["reason"], "unreachable")).to_pylist()
-        if row["uri"] not in answered
+        row | {"tries": counts[row["uri"], row["bytes"]]} for row in hopeful.to_pylist() if row["uri"] not in answered
     ]
 
     superseded = rows.filter(pc.invert(pc.is_in(_places(rows), _places(last))))
-    repeated = superseded["uri"].filter(pc.equal(superseded["reason"], "unreachable")).to_pylist()
-    return Tries(unread, lost.combine_chunks(), awaited, frozenset(repeated))
+    repeated = superseded.filter(pc.is_in(superseded["reason"], pa.array(["unreachable", "duplicate"])))
+    return Tries(unread, lost, awaited, frozenset(repeated["uri"].to_pylist()))
 
 
 def _empty() -> pa.Table:
@@ -96,6 +95,12 @@ def _concatenated(tables: Iterable[pa.Table]) -> pa.Table:
 
 def _is_unread(rows: pa.Table) -> pa.ChunkedArray:
     return pc.fill_null(pc.is_in(rows["reason"], pa.array(schema.UNREAD)), False)
+
+
+def _may_be_read(rows: pa.Table, lost: pa.Array) -> pa.ChunkedArray:
+    """Whether a store may yet give what was not read: it was unreachable, or left to an original that could not be read."""
+    unreachable, copies = (pc.is_in(rows["reason"], pa.array([reason])) for reason in ("unreachable", "duplicate"))
+    return pc.or_(unreachable, pc.and_(copies, pc.is_in(rows["source"], lost)))
 
 
 def _related(rows: pa.Table, failed: pa.Table) -> pa.Table:
