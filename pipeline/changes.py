@@ -88,7 +88,10 @@ class Changes:
         for split in schema.SPLITS:
             for shard in later.shards(self.dataset, split):
                 for row in later.read(self.dataset, split, shard):
-                    self._planned["extra"][self._place(row["uri"])] = hash(row["extra"])
+                    place = self._place(row["uri"])
+                    # what was planned again since has its own in its latest plan
+                    if (schema.SPLITS[int(planned["val"][place])], f"{planned['group'][place]:05d}") == (split, shard):
+                        planned["extra"][place] = hash(row["extra"])
 
     def _place(self, uri: str) -> int:
         """The place of the latest planned source with this URI."""

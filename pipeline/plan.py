@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -200,9 +201,10 @@ def plan(
                 changes.watch(find(patterns, threads, listed.unsized)), seen, new, threads, awaited
             ):
                 del awaited[uri]
-            _plan_again(answering(list(awaited.values())), new)
-            new.close()
             _write_changes(dataset, changes)
+            # what is planned again takes the annotations of now
+            _plan_again(dataset, answering(list(awaited.values())), new)
+            new.close()
             # 38 bytes a planned source, before those are sorted
             del seen, changes
             if not new.count:
@@ -266,10 +268,10 @@ def _identify_new(
     return resized
 
 
-def _plan_again(rows: Sequence[Mapping[str, Any]], new: Buckets) -> None:
-    """Put sources that were unreachable into buckets; one whose content was already known keeps its identity."""
+def _plan_again(dataset: str, rows: Sequence[dict[str, Any]], new: Buckets) -> None:
+    """Put sources that were not read into buckets; one whose content was already known keeps its identity."""
     again = []
-    for row in rows:
+    for row in _with_later(dataset, rows):
         unidentified = row["source"] in (by_name(row["uri"]), waiting(row["uri"]))
         source = _by_samples(row["uri"], row["bytes"]) if unidentified else row["source"]
         if source != waiting(row["uri"]):
@@ -278,6 +280,19 @@ def _plan_again(rows: Sequence[Mapping[str, Any]], new: Buckets) -> None:
     if again:
         fields = [schema.PLAN.field(n) for n in ("source", "uri", "bytes", "extra")]
         new.add(pa.Table.from_pylist(again, pa.schema([*fields, ("sampled", pa.bool_())])))
+
+
+def _with_later(dataset: str, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Rows of planned sources with their latest annotations."""
+
+    @cache
+    def extras(split: str, group: int) -> dict[tuple[str, str], str | None]:
+        found = later.read(dataset, split, f"{group:05d}")
+        return {(row["source"], row["uri"]): row["extra"] for row in found}
+
+    for row in rows:
+        extra = extras(row["split"], row["group"]).get((row["source"], row["uri"]), row["extra"])
+        yield row | {"extra": extra}
 
 
 def _without_unread(known: pa.Table, tries: Tries) -> pa.Table:
@@ -331,8 +346,7 @@ def sources_of(dataset: str, group: Mapping[str, Any]) -> list[dict[str, Any]]:
 
     table = storage.retrying(path, read)
     rows = table.filter((pc.field("split") == group["split"]) & (pc.field("group") == group["group"])).to_pylist()
-    extras = {row["source"]: row["extra"] for row in later.read(dataset, group["split"], f"{group['group']:05d}")}
-    return [row if row["duplicate_of"] else row | {"extra": extras.get(row["source"], row["extra"])} for row in rows]
+    return list(_with_later(dataset, rows))
 
 
 def _may_hold(file: pq.ParquetFile, row_group: int, group: int) -> bool:

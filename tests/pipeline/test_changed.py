@@ -1,5 +1,6 @@
 """Sources and manifests that change between planning and cutting: all content is cut, once, with the annotations of now."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 from answering import Web, hashes, listed, make
 
-from longtake.datasets import index
+from longtake.datasets import index, later, schema, storage
 from longtake.pipeline import plan, retry
 
 
@@ -22,6 +23,18 @@ def folder(tiny_videos: Path, tmp_path: Path) -> Path:
 
 def planned(dataset: object, pattern: object) -> list[dict[str, Any]]:
     return plan.plan(str(dataset), [str(pattern)], 0.2, 1 << 30, 3)
+
+
+def samples(dataset: object) -> dict[str, list[dict[str, Any]]]:
+    """KEY.json of the clips of each source, by the name of its file."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    names = {row["source"]: Path(row["uri"]).name for row in index.read_sources(str(dataset)).to_pylist()}
+    for split in schema.SPLITS:
+        for row in index.read_all(str(dataset), split).to_pylist():
+            tar = storage.join(str(dataset), split, f"{row['shard']}.tar")
+            said = json.loads(storage.read_range(tar, row["json_offset"], row["json_size"]))
+            found.setdefault(names[row["source"]], []).append(said)
+    return found
 
 
 def test_what_is_renamed_before_it_is_cut_is_cut_under_its_new_name(folder: Path, tmp_path: Path) -> None:
@@ -49,3 +62,36 @@ def test_copies_of_what_cannot_be_read_are_sources_of_their_own(web: Web, tmp_pa
     assert sorted(told.values()) == ["duplicate", "duplicate", "good", "refused"]
     before = hashes(dataset)
     assert make(dataset, manifest, 1) == told and hashes(dataset) == before
+
+
+def test_what_was_unreachable_is_cut_with_the_annotations_of_now(web: Web, tmp_path: Path) -> None:
+    uris, dataset = [f"{web.url}/{way}/{n}.mp4" for n, way in enumerate(("503", "429", "plain"))], str(tmp_path / "ds")
+
+    def run(*captions: str) -> list[dict[str, Any]]:
+        """The last rows of the sources, after the stage has run."""
+        make(Path(dataset), listed(tmp_path, *uris, caption=list(captions)))
+        rows = [row for group in plan.groups(dataset) for row in plan.sources_of(dataset, group)]
+        return sorted({row["uri"]: row for row in rows}.values(), key=lambda row: uris.index(row["uri"]))
+
+    def said(rows: list[dict[str, Any]]) -> list[Any]:
+        return [json.loads(row["extra"])["caption"] for row in rows]
+
+    assert said(run("a", "a", "a")) == ["a", "a", "a"]
+    assert said(run("b", "a", "a")) == ["b", "a", "a"]
+    web.healed = {"503", "429"}
+    # the second one changes in the very run that can read it
+    rows = run("b", "b", "a")
+    assert said(rows) == ["b", "b", "a"]
+    told = samples(dataset)
+    assert [told[f"{n}.mp4"][0]["caption"] for n in range(3)] == ["b", "b", "a"]
+
+    # as in a dataset whose first shard got the caption that its later one lacks
+    (before,) = [
+        (split, shard, row)
+        for split in schema.SPLITS
+        for shard in later.shards(dataset, split)
+        for row in later.read(dataset, split, shard)
+        if row["uri"] == uris[0]
+    ]
+    later.write(dataset, *before[:2], [before[2] | {"extra": json.dumps({"caption": "c"})}])
+    assert said(run("c", "b", "a")) == ["c", "b", "a"]
