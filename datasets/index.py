@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -257,9 +257,9 @@ def table_names(folder: str) -> list[str]:
     return [n for n in storage.names(folder) if n.endswith(".parquet") and not n.startswith(".")]
 
 
-def read_tables(folder: str, table_schema: pa.Schema) -> pa.Table:
-    """All Parquet files of a folder as one table."""
-    urls = [storage.join(folder, n) for n in table_names(folder)]
+def read_tables(folder: str, table_schema: pa.Schema, names: Collection[str] | None = None) -> pa.Table:
+    """All Parquet files of a folder, or those of some names, as one table."""
+    urls = [storage.join(folder, n) for n in table_names(folder) if names is None or n in names]
     with ThreadPoolExecutor(16) as pool:
         tables = list(pool.map(from_parquet, urls))
     return pa.concat_tables([table_schema.empty_table(), *(t.replace_schema_metadata(None) for t in tables)])
@@ -270,9 +270,10 @@ def read_sources(dataset: str) -> pa.Table:
     return last_tries(read_tries(dataset))
 
 
-def read_tries(dataset: str) -> pa.Table:
-    """A row for each time that a source was planned."""
-    return read_tables(storage.join(dataset, "sources"), schema.SOURCES)
+def read_tries(dataset: str, committed: Collection[tuple[str, str]] | None = None) -> pa.Table:
+    """A row for each time that a source was planned, or of those the ones of some shards alone, each a split and a name."""
+    names = None if committed is None else {f"{split}-{name}.parquet" for split, name in committed}
+    return read_tables(storage.join(dataset, "sources"), schema.SOURCES, names)
 
 
 def last_tries(tries: pa.Table) -> pa.Table:
@@ -350,14 +351,24 @@ def digest(shards: Iterable[Shard]) -> str:
     return hashlib.sha256(json.dumps(record).encode()).hexdigest()
 
 
-def summary(dataset: str) -> dict[str, Any]:
-    """Counts that always add up: sources = good + rejected, clips cut = clips in shards."""
-    tries = read_tries(dataset)
+def committed(dataset: str) -> list[tuple[str, str]]:
+    """Split and name of every committed base shard."""
+    return [(split, name) for split in schema.SPLITS for name in shard_names(dataset, split)]
+
+
+def summary(dataset: str, names: Collection[tuple[str, str]] | None = None) -> dict[str, Any]:
+    """Counts that always add up: sources = good + rejected, clips cut = clips in shards.
+
+    They are of all committed shards, or of `names`, each a split and a name: another driver may be writing more.
+    """
+    names = committed(dataset) if names is None else names
+    with ThreadPoolExecutor(16) as pool:
+        shards = list(pool.map(lambda name: read_shard(dataset, *name), names))
+    tries = read_tries(dataset, names)
     sources = last_tries(tries)
     good = sources.filter(pc.equal(sources["status"], "good"))
     rejected = sources.filter(pc.equal(sources["status"], "rejected"))
     reasons = {v["values"]: v["counts"] for v in pc.value_counts(rejected["reason"]).to_pylist()}
-    shards = [s for split in schema.SPLITS for s in read_shards(dataset, split)]
     return {
         "sources": len(sources),
         "sources_good": len(good),
