@@ -17,6 +17,8 @@ from longtake.datasets import schema, storage
 from longtake.datasets.errors import Failure, UserError
 
 _TAR, _NOTES = b"longtake.tar", b"longtake.notes"
+# a plan made anew would give the numbers of its groups to other sources
+PLAN_REMEDY = "bring the plan back from a copy, or delete the dataset and make it anew"
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,9 @@ def _reading(url: str) -> Iterator[None]:
     except FileNotFoundError as e:
         raise Failure(f"{url}: is missing; run the stage that made it again") from e
     except (pa.ArrowException, OSError, ValueError, MemoryError) as e:
-        raise Failure(
-            f"{url}: not a readable Parquet file ({' '.join(str(e).split())}); delete it and run the stage that made it again"
-        ) from e
+        is_plan = url.split("/")[-2:-1] == ["plan"]
+        remedy = PLAN_REMEDY if is_plan else "delete it and run the stage that made it again"
+        raise Failure(f"{url}: not a readable Parquet file ({' '.join(str(e).split())}); {remedy}") from e
 
 
 def rows_table(rows: Iterable[Mapping[str, Any]], table_schema: pa.Schema) -> pa.Table:

@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from longtake.datasets import annotations, index, later, schema, storage
+from longtake.datasets.errors import Failure
 from longtake.pipeline.buckets import KNOWN, Buckets, ids_of, is_first, shares
 from longtake.pipeline.changes import Changes
 from longtake.pipeline.copies import separated
@@ -186,15 +187,17 @@ def plan(
 
     Returns:
         `{"split", "group", "plan": file, "sources": count}` for each group, in order.
+
+    Raises:
+        Failure: an earlier plan is missing.
     """
-    folder = storage.join(dataset, "plan")
     while True:
         # numbered before reading: a plan that another driver writes meanwhile takes the number of this one
-        old = [storage.join(folder, name) for name in index.table_names(folder)]
+        old = _plans(dataset)
         with storage.spool_folder(dataset) as spool, storage.failing_clearly(str(spool)):
             new, tries, listed = Buckets(spool / "new"), read_tries(dataset), Listed(dataset, patterns)
             if not tries.awaited and listed.is_planned():
-                return groups(dataset)
+                return _checked_groups(dataset)
             seen, changes = Seen(old, tries), Changes(dataset, old, spool / "changes")
             awaited = {row["uri"]: row for row in tries.awaited if seen.times(row) == row["tries"]}
             for uri in _identify_new(
@@ -209,13 +212,13 @@ def plan(
             del seen, changes
             if not new.count:
                 listed.remember()
-                return groups(dataset)
+                return _checked_groups(dataset)
             known = Buckets(spool / "known")
             for batch in chain.from_iterable(batches(url, KNOWN) for url in old):
                 # a source of which nothing was read has no duplicates
                 known.add(_without_unread(pa.table(batch), tries))
             known.close()
-            planned = groups(dataset)
+            planned = _checked_groups(dataset)
             free = {s: max((g["group"] + 1 for g in planned if g["split"] == s), default=0) for s in schema.SPLITS}
             tables = assign(
                 _sorted_buckets(new, known, threads),
@@ -227,9 +230,31 @@ def plan(
             )
             target = spool / "plan.parquet"
             _write(target, tables)
-            if storage.write_if_absent(storage.join(folder, f"{len(old):05d}.parquet"), target):
+            if storage.write_if_absent(storage.join(dataset, "plan", f"{len(old):05d}.parquet"), target):
                 listed.remember()
                 return groups(dataset)
+
+
+def _plans(dataset: str) -> list[str]:
+    """The URLs of all plans. Raises Failure where one is missing: its number would be given again."""
+    folder = storage.join(dataset, "plan")
+    names = index.table_names(folder)
+    for number, name in enumerate(names):
+        if name != f"{number:05d}.parquet":
+            raise Failure(f"{folder}/{number:05d}.parquet: is missing; {index.PLAN_REMEDY}")
+    return [storage.join(folder, name) for name in names]
+
+
+def _checked_groups(dataset: str) -> list[dict[str, Any]]:
+    """The groups of all plans. Raises Failure where a shard is of none: a new plan would give its number to other sources."""
+    # before the plans: another driver may commit what it plans meanwhile
+    shards = index.committed(dataset)
+    planned = groups(dataset)
+    known = {(group["split"], f"{group['group']:05d}") for group in planned}
+    if lost := [f"{split}/{name}" for split, name in shards if (split, name) not in known]:
+        url, example = storage.join(dataset, "plan"), lost[0]
+        raise Failure(f"{url}: no plan has the groups of {len(lost)} shards, such as {example}; {index.PLAN_REMEDY}")
+    return planned
 
 
 def _write_changes(dataset: str, changes: Changes) -> None:

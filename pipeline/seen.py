@@ -102,7 +102,9 @@ def _reading(url: str) -> Iterator[pq.ParquetFile]:
         with fs.open(path, "rb") as f:
             # buffered, all that is still to come would be in memory
             yield pq.ParquetFile(f, pre_buffer=False)
-    except (pa.ArrowException, OSError) as e:
+    except pa.ArrowException as e:
+        raise Failure(f"{url}: not a readable plan ({' '.join(str(e).split())}); {index.PLAN_REMEDY}") from e
+    except OSError as e:
         raise Failure(f"{url}: cannot be read ({' '.join(str(e).split())}); run the same command again") from e
 
 
