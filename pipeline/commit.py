@@ -16,7 +16,7 @@ from longtake.datasets.shard import Member, sha256_of, write_tar
 from longtake.pipeline.config import CutConfig
 from longtake.pipeline.fetch import Unread, fetch
 from longtake.pipeline.isolate import Worker
-from longtake.pipeline.retry import waiting
+from longtake.pipeline.retry import resized_note, waiting
 
 _worker: Worker | None = None
 
@@ -36,7 +36,7 @@ def make_group(
     """Cut the sources of one group and commit its shard.
 
     Args:
-        group: `{"split", "group"}`, and perhaps `again`: URIs that have been planned anew, in another group.
+        group: `{"split", "group"}`, and perhaps `again`: what `seen.planned_again` gives for it.
         rows: its plan rows, in order of identity.
         memory: contents of sources that only the driver can see.
         board: the Ray actor that progress is reported to (see board.py).
@@ -53,7 +53,7 @@ def make_group(
 
     try:
         with storage.spool_folder(storage.join(dataset, split)) as spool:
-            sources, clips = _cut_sources(rows, group.get("again", ()), spool, cut, memory or {}, report)
+            sources, clips = _cut_sources(rows, group.get("again", {}), spool, cut, memory or {}, report)
             report(len(rows), "its commit")
             _commit(dataset, split, name, spool, clips, sources, cut)
             result["clips"] = len(clips)
@@ -66,7 +66,7 @@ def make_group(
 
 def _cut_sources(
     rows: Sequence[Mapping[str, Any]],
-    again: Sequence[str],
+    again: Mapping[str, bool],
     spool: Path,
     cut: CutConfig,
     memory: Mapping[str, bytes],
@@ -78,13 +78,16 @@ def _cut_sources(
     for number, row in enumerate(rows):
         report(number, row["uri"])
         cut_clips = list[dict[str, Any]]()
-        if row["uri"] in again:
+        # a copy takes the place of what could not be read
+        if row["duplicate_of"] is not None and row["source"] not in unread:
+            account = _rejected("duplicate", f"same content as {row['duplicate_of']}")
+        elif again.get(row["uri"]):
             account = _rejected("unreachable", "planned again, into a later group")
+        elif row["uri"] in again:
+            account = _rejected("missing", "another file by now, which a later group has")
+            unread.add(row["source"])
         elif row["source"] == waiting(row["uri"]):
             account = _ask_again(row, spool, cut.limits.max_bytes)
-        # a copy takes the place of what could not be read
-        elif row["duplicate_of"] is not None and row["source"] not in unread:
-            account = _rejected("duplicate", f"same content as {row['duplicate_of']}")
         else:
             store = "/".join(row["uri"].split("/", 3)[:3])
             attempts = 1 if store in silent else 5
@@ -133,9 +136,7 @@ def _cut(
     if row["bytes"] is None:
         account["bytes"] = size
     elif size != row["bytes"]:
-        account["detail"] = "; ".join(
-            filter(None, [account.get("detail"), f"{size} bytes, listed with {row['bytes']}"])
-        )
+        account["detail"] = "; ".join(filter(None, [account.get("detail"), resized_note(size, row["bytes"])]))
     if account.get("detail"):
         # a decoder may repeat a name that is no text
         account["detail"] = shown(storage.printable(account["detail"]))

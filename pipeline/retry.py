@@ -24,7 +24,8 @@ from longtake.pipeline.fetch import answers
 
 RECORD = "unreachable.json"
 _NO_TRIES: dict[str, Any] = {"awaited": [], "repeated": [], "rounds": 0}
-_FIELDS = ("source", "uri", "bytes", "split", "group", "duplicate_of", "extra", "reason")
+_FIELDS = ("source", "uri", "bytes", "split", "group", "duplicate_of", "extra", "reason", "detail")
+_RESIZED = r"(?:^|; )(?P<bytes>\d{1,18}) bytes, listed with \d+(?:$|; )"
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,14 @@ class Tries:
         lost: identities of which nothing was ever read.
         awaited: rows that are worth another try, each with the number of its `tries`: unreachable sources, and copies of `lost`.
         repeated: URIs of such sources that were planned again.
+        resized: `uri` and `bytes` of sources that were not as long as listed when they were read.
     """
 
     unread: pa.Table
     lost: pa.Array
     awaited: list[dict[str, Any]]
     repeated: frozenset[str]
+    resized: pa.Table
 
 
 def by_name(uri: str) -> str:
@@ -62,7 +65,8 @@ def read_tries(dataset: str, threads: int = 16) -> Tries:
         for name in index.shard_names(dataset, split)
     ]
     with ThreadPoolExecutor(threads) as pool:
-        failed = _concatenated(pool.map(lambda url: (rows := _read(url)).filter(_is_unread(rows)), urls))
+        odd = _concatenated(pool.map(lambda url: (rows := _read(url)).filter(_is_odd(rows)), urls))
+        failed, resized = odd.filter(_is_unread(odd)), odd.filter(_is_resized(odd))
         # most datasets have none; then no other rows have to be in memory
         rows = _concatenated(pool.map(lambda url: _related(_read(url), failed), urls)) if len(failed) else failed
 
@@ -81,7 +85,9 @@ def read_tries(dataset: str, threads: int = 16) -> Tries:
 
     superseded = rows.filter(pc.invert(pc.is_in(_places(rows), _places(last))))
     repeated = superseded.filter(pc.is_in(superseded["reason"], pa.array(["unreachable", "duplicate"])))
-    return Tries(unread, lost, awaited, frozenset(repeated["uri"].to_pylist()))
+    sizes = pc.struct_field(pc.extract_regex(resized["detail"], _RESIZED), "bytes").cast(pa.int64())
+    resized = pa.table({"uri": resized["uri"], "bytes": sizes})
+    return Tries(unread, lost, awaited, frozenset(repeated["uri"].to_pylist()), resized)
 
 
 def _empty() -> pa.Table:
@@ -95,6 +101,19 @@ def _concatenated(tables: Iterable[pa.Table]) -> pa.Table:
 
 def _is_unread(rows: pa.Table) -> pa.ChunkedArray:
     return pc.fill_null(pc.is_in(rows["reason"], pa.array(schema.UNREAD)), False)
+
+
+def resized_note(size: int, listed: int) -> str:
+    """The note about a source that was not as long as listed; `Tries.resized` has it."""
+    return f"{size} bytes, listed with {listed}"
+
+
+def _is_resized(rows: pa.Table) -> pa.ChunkedArray:
+    return pc.fill_null(pc.match_substring_regex(rows["detail"], _RESIZED), False)
+
+
+def _is_odd(rows: pa.Table) -> pa.ChunkedArray:
+    return pc.or_(_is_unread(rows), _is_resized(rows))
 
 
 def _may_be_read(rows: pa.Table, lost: pa.Array) -> pa.ChunkedArray:

@@ -167,7 +167,7 @@ def _make(config: Config, output: str, missing: list[dict[str, Any]]) -> None:
         uris = (source["uri"] for group in missing for source in sources_of(output, group))
         memory = {uri: storage.read(uri) for uri in uris if storage.is_memory(uri)}
     again = planned_again(output, missing)
-    jobs = [group | {"again": again.get((group["split"], group["group"]), [])} for group in missing]
+    jobs = [group | {"again": again.get((group["split"], group["group"]), {})} for group in missing]
 
     def start(ray: Any, board: Any) -> Any:
         shared = (ray.put(memory), config.cut, board)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from answering import Web, hashes, listed, make
+from answering import Web, cut, hashes, listed, make
 
 from longtake.datasets import index, later, schema, storage
 from longtake.pipeline import plan, retry
@@ -95,3 +95,28 @@ def test_what_was_unreachable_is_cut_with_the_annotations_of_now(web: Web, tmp_p
     ]
     later.write(dataset, *before[:2], [before[2] | {"extra": json.dumps({"caption": "c"})}])
     assert said(run("c", "b", "a")) == ["c", "b", "a"]
+
+
+def test_a_file_that_grows_is_cut_once(folder: Path, tmp_path: Path) -> None:
+    """It was still written when it was listed."""
+    dataset, whole = str(tmp_path / "ds"), (folder / "a.mp4").read_bytes()
+    (folder / "a.mp4").write_bytes(whole[: len(whole) // 2])
+    groups = planned(dataset, folder)
+    (folder / "a.mp4").write_bytes(whole)
+    cut(dataset, groups)
+    assert planned(dataset, folder) == groups, "the account has the size that was read"
+    assert {name: len(found) for name, found in samples(dataset).items()} == {"a.mp4": 1, "x.mp4": 1, "y.mp4": 1}
+
+
+def test_a_file_that_is_replaced_before_it_is_cut_is_cut_once(folder: Path, tmp_path: Path) -> None:
+    dataset, whole = str(tmp_path / "ds"), (folder / "a.mp4").read_bytes()
+    (folder / "a.mp4").write_bytes(whole[: len(whole) // 2])
+    (folder / "b.mp4").write_bytes(whole[: len(whole) // 2])
+    planned(dataset, folder)
+    (folder / "a.mp4").write_bytes(whole)
+    cut(dataset, planned(dataset, folder))
+    rows = index.read_sources(dataset).to_pylist()
+    told = {(Path(row["uri"]).name, row["bytes"]): row["reason"] for row in rows}
+    assert told["a.mp4", len(whole) // 2] == "missing" and told["a.mp4", len(whole)] is None
+    assert told["b.mp4", len(whole) // 2] == "too_short", "it takes the place of its original, which is there no more"
+    assert index.summary(dataset)["clips"] == 3
