@@ -1,7 +1,8 @@
 """One group to one shard, committed by its index, which is written last; until then the shard does not exist.
 
 Order: data tar, tar and index of frame differences, tar and index of sound, source rows, index. Every write is atomic and
-gives the same bytes whoever does it, so that two drivers at once, a retry or a kill at any moment do no harm.
+gives the same bytes whoever does it, so that two drivers at once, a retry or a kill at any moment do no harm. Where the bytes
+differ, as of a source that only one of them could reach, the shard that is committed first stays.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -173,6 +174,11 @@ def _commit(
             yield row["key"], {e: (spool / f"{row['key']}.{e}").read_bytes() for e in extensions}
 
     base = storage.join(dataset, split, name)
+    fs, path = storage.filesystem(f"{base}.parquet")
+    fs.invalidate_cache(path)
+    if storage.retrying(path, lambda: fs.exists(path)):
+        # by another driver or try: readers may use its tar, and what it could not read may be planned again by now
+        return
     members, size, digest = store_tar(f"{base}.tar", files(("mp4", "json")))
     diffs, diff_size, diff_digest = store_tar(f"{base}.frame_diff.tar", files(("npy.zst",)))
     column = column_rows(diffs, clips)

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from answering import Web, cut, hashes, listed, make
+from answering import CUT, Web, cut, hashes, listed, make
 
 from longtake.datasets import index, later, schema, storage
-from longtake.pipeline import plan, retry
+from longtake.pipeline import commit, plan, retry
+from longtake.pipeline.fetch import Unread
 
 
 @pytest.fixture
@@ -120,3 +121,19 @@ def test_a_file_that_is_replaced_before_it_is_cut_is_cut_once(folder: Path, tmp_
     assert told["a.mp4", len(whole) // 2] == "missing" and told["a.mp4", len(whole)] is None
     assert told["b.mp4", len(whole) // 2] == "too_short", "it takes the place of its original, which is there no more"
     assert index.summary(dataset)["clips"] == 3
+
+
+def test_the_shard_that_is_committed_first_stays(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another driver may reach less."""
+    dataset = str(tmp_path / "ds")
+    groups = planned(dataset, folder)
+    cut(dataset, groups)
+    before = hashes(Path(dataset))
+
+    def refuse(*_: Any) -> Any:
+        raise Unread("unreachable", "not from here")
+
+    monkeypatch.setattr(commit, "fetch", refuse)
+    for group in groups:
+        assert not commit.make_group(group, plan.sources_of(dataset, group), dataset, CUT)["error"]
+    assert hashes(Path(dataset)) == before
