@@ -14,7 +14,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from longtake.datasets import index, schema, storage
 from longtake.datasets.errors import UserError
 from longtake.datasets.verify import verify
-from longtake.pipeline import plan, retry, seen
+from longtake.pipeline import fetch, plan, retry, seen
 from longtake.pipeline.commit import make_group
 from longtake.pipeline.discover import find
 from longtake.pipeline.stages import shard
@@ -240,6 +240,17 @@ def test_a_server_that_says_nothing_is_waited_for_no_longer_than_a_while(
     uris = [f"{web.url}/silent/0.mp4", f"{web.url}/plain/1.mp4"]
     told = make(tmp_path / "ds", listed(tmp_path, *uris, bytes=[5, 5], etag=["a", "b"]))
     assert told == {uris[0]: "unreachable", uris[1]: "good"}
+
+
+def test_a_server_that_drips_is_too_slow(web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte now and then is no silence."""
+    monkeypatch.setattr(fetch, "_SLOW_SECONDS", 0.3)
+    uri, size = f"{web.url}/drip/0.mp4", (web.folder / "0.mp4").stat().st_size
+    with pytest.raises(fetch.Unread, match="too slow"):
+        fetch.part(uri, size, 0, size)
+    with pytest.raises(fetch.Unread, match="too slow"):
+        fetch.fetch(uri, tmp_path / "copy", 1 << 20)
+    assert web.asked["/drip/0.mp4"] == 2, "what is too slow is not tried five times"
 
 
 class Denying(MemoryFileSystem):

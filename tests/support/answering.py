@@ -95,6 +95,8 @@ class Web:
         to.end_headers()
         try:
             if not head:
+                while mode == "drip" and not self.end.wait(0.02):
+                    to.wfile.write(b"x")
                 while mode == "endless":
                     to.wfile.write(b"10000\r\n%s\r\n" % bytes(1 << 16))
                 to.wfile.write(data)
