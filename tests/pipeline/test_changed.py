@@ -137,3 +137,20 @@ def test_the_shard_that_is_committed_first_stays(folder: Path, tmp_path: Path, m
     for group in groups:
         assert not commit.make_group(group, plan.sources_of(dataset, group), dataset, CUT)["error"]
     assert hashes(Path(dataset)) == before
+
+
+def test_a_copy_that_took_the_place_of_its_original_has_its_own_annotations(web: Web, tmp_path: Path) -> None:
+    uris, dataset = [f"{web.url}/403/1.mp4", f"{web.url}/moved/1.mp4"], tmp_path / "ds"
+
+    def run(*captions: str) -> list[dict[str, Any]]:
+        """The later annotations, after the stage has run."""
+        manifest = listed(tmp_path, *uris, bytes=[7] * 2, etag=["same"] * 2, caption=list(captions))
+        assert [*make(dataset, manifest).values()] == ["refused", "good"]
+        shards = [(split, shard) for split in schema.SPLITS for shard in later.shards(str(dataset), split)]
+        return [row for split, shard in shards for row in later.read(str(dataset), split, shard)]
+
+    assert run("a", "a copy's") == []
+    assert run("another", "a copy's") == []
+    (changed,) = run("another", "of the copy")
+    assert changed["uri"] == uris[1] and json.loads(changed["extra"]) == {"caption": "of the copy"}
+    assert run("another", "of the copy") == [changed]
