@@ -108,8 +108,10 @@ def decode(data: bytes | memoryview, begin: int, end: int, channels: int, name: 
 
 
 def count(dataset: str) -> Count | None:
-    """How many clips have sound; None without a column of sound."""
+    """How many clips have sound; None without a column of sound. Its shards are written before those of their clips."""
+    committed = {*index.committed(dataset)}
     shards = [s for split in schema.SPLITS for s in index.read_shards(dataset, split, COLUMN)]
+    shards = [s for s in shards if (s.split, s.name.partition(".")[0]) in committed]
     if not shards:
         return None
     return Count(

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +17,8 @@ from longtake.datasets import schema, storage
 from longtake.datasets.errors import Failure, UserError
 
 _TAR, _NOTES = b"longtake.tar", b"longtake.notes"
+# a plan made anew would give the numbers of its groups to other sources
+PLAN_REMEDY = "bring the plan back from a copy, or delete the dataset and make it anew"
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,9 @@ def _reading(url: str) -> Iterator[None]:
     except FileNotFoundError as e:
         raise Failure(f"{url}: is missing; run the stage that made it again") from e
     except (pa.ArrowException, OSError, ValueError, MemoryError) as e:
-        raise Failure(
-            f"{url}: not a readable Parquet file ({' '.join(str(e).split())}); delete it and run the stage that made it again"
-        ) from e
+        is_plan = url.split("/")[-2:-1] == ["plan"]
+        remedy = PLAN_REMEDY if is_plan else "delete it and run the stage that made it again"
+        raise Failure(f"{url}: not a readable Parquet file ({' '.join(str(e).split())}); {remedy}") from e
 
 
 def rows_table(rows: Iterable[Mapping[str, Any]], table_schema: pa.Schema) -> pa.Table:
@@ -257,9 +259,9 @@ def table_names(folder: str) -> list[str]:
     return [n for n in storage.names(folder) if n.endswith(".parquet") and not n.startswith(".")]
 
 
-def read_tables(folder: str, table_schema: pa.Schema) -> pa.Table:
-    """All Parquet files of a folder as one table."""
-    urls = [storage.join(folder, n) for n in table_names(folder)]
+def read_tables(folder: str, table_schema: pa.Schema, names: Collection[str] | None = None) -> pa.Table:
+    """All Parquet files of a folder, or those of some names, as one table."""
+    urls = [storage.join(folder, n) for n in table_names(folder) if names is None or n in names]
     with ThreadPoolExecutor(16) as pool:
         tables = list(pool.map(from_parquet, urls))
     return pa.concat_tables([table_schema.empty_table(), *(t.replace_schema_metadata(None) for t in tables)])
@@ -270,13 +272,16 @@ def read_sources(dataset: str) -> pa.Table:
     return last_tries(read_tries(dataset))
 
 
-def read_tries(dataset: str) -> pa.Table:
-    """A row for each time that a source was planned."""
-    return read_tables(storage.join(dataset, "sources"), schema.SOURCES)
+def read_tries(dataset: str, committed: Collection[tuple[str, str]] | None = None) -> pa.Table:
+    """A row for each time that a source was planned, or of those the ones of some shards alone, each a split and a name."""
+    names = None if committed is None else {f"{split}-{name}.parquet" for split, name in committed}
+    return read_tables(storage.join(dataset, "sources"), schema.SOURCES, names)
 
 
 def last_tries(tries: pa.Table) -> pa.Table:
-    """The rows without sources that could not be read and were planned again, under the same URI, in another group."""
+    """The rows without those of sources that were planned again, under the same URI, in another group: sources that could not
+    be read, and copies of them.
+    """
     unread = pc.fill_null(pc.is_in(tries["reason"], pa.array(schema.UNREAD)), False)
     if not pc.any(unread).as_py():
         return tries
@@ -291,8 +296,19 @@ def last_tries(tries: pa.Table) -> pa.Table:
     superseded = {
         one.row for same in by_uri.values() for one in same if one.failed and any(map(one.is_repeated_by, same))
     }
+    superseded |= _copies_of_unread(tries, unread)
     rows = [row for row in range(len(tries)) if row not in superseded]
     return tries.take(pa.array(rows, pa.int64())) if superseded else tries
+
+
+def _copies_of_unread(tries: pa.Table, unread: pa.ChunkedArray) -> set[int]:
+    """Rows of duplicates of what could not be read that have another row: the identity and the URI are the same."""
+    alike = pc.is_in(tries["source"], tries["source"].filter(unread))
+    columns = [tries[name].filter(alike).to_pylist() for name in ("source", "uri", "reason")]
+    by_copy: dict[tuple[str, str], list[tuple[bool, int]]] = {}
+    for row, source, uri, reason in zip(np.flatnonzero(alike).tolist(), *columns, strict=True):
+        by_copy.setdefault((source, uri), []).append((reason != "duplicate", row))
+    return {row for same in by_copy.values() for tried, row in same if not tried and (tried, row) != max(same)}
 
 
 @dataclass(frozen=True)
@@ -337,14 +353,24 @@ def digest(shards: Iterable[Shard]) -> str:
     return hashlib.sha256(json.dumps(record).encode()).hexdigest()
 
 
-def summary(dataset: str) -> dict[str, Any]:
-    """Counts that always add up: sources = good + rejected, clips cut = clips in shards."""
-    tries = read_tries(dataset)
+def committed(dataset: str) -> list[tuple[str, str]]:
+    """Split and name of every committed base shard."""
+    return [(split, name) for split in schema.SPLITS for name in shard_names(dataset, split)]
+
+
+def summary(dataset: str, names: Collection[tuple[str, str]] | None = None) -> dict[str, Any]:
+    """Counts that always add up: sources = good + rejected, clips cut = clips in shards.
+
+    They are of all committed shards, or of `names`, each a split and a name: another driver may be writing more.
+    """
+    names = committed(dataset) if names is None else names
+    with ThreadPoolExecutor(16) as pool:
+        shards = list(pool.map(lambda name: read_shard(dataset, *name), names))
+    tries = read_tries(dataset, names)
     sources = last_tries(tries)
     good = sources.filter(pc.equal(sources["status"], "good"))
     rejected = sources.filter(pc.equal(sources["status"], "rejected"))
     reasons = {v["values"]: v["counts"] for v in pc.value_counts(rejected["reason"]).to_pylist()}
-    shards = [s for split in schema.SPLITS for s in read_shards(dataset, split)]
     return {
         "sources": len(sources),
         "sources_good": len(good),

@@ -283,7 +283,7 @@ def layout_problems(dataset: str) -> Iterator[str]:
                             yield f"{url}: group {split}/{group:05d} is planned but not committed; run the `shard` stage again"
             except (Failure, KeyError, TypeError, ValueError) as e:
                 damaged = True
-                yield str(e) if isinstance(e, Failure) else f"{url}: not a plan ({e}); delete it and run `shard` again"
+                yield str(e) if isinstance(e, Failure) else f"{url}: not a plan ({e}); {index.PLAN_REMEDY}"
     if not damaged:
         yield from _count_problems(dataset)
     for split in schema.SPLITS:

@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from longtake.datasets import annotations, later, schema
+from longtake.datasets import annotations, index, later, schema, storage
+from longtake.datasets.errors import Failure
 from longtake.pipeline.seen import batches, row_count, search
 
 _BUCKETS = 64
@@ -88,7 +89,10 @@ class Changes:
         for split in schema.SPLITS:
             for shard in later.shards(self.dataset, split):
                 for row in later.read(self.dataset, split, shard):
-                    self._planned["extra"][self._place(row["uri"])] = hash(row["extra"])
+                    place = self._place(row["uri"])
+                    # what was planned again since has its own in its latest plan
+                    if (schema.SPLITS[int(planned["val"][place])], f"{planned['group'][place]:05d}") == (split, shard):
+                        planned["extra"][place] = hash(row["extra"])
 
     def _place(self, uri: str) -> int:
         """The place of the latest planned source with this URI."""
@@ -120,9 +124,10 @@ class Changes:
         extras: dict[str, list[str | None]] = {}
         for row in differing:
             extras.setdefault(row["uri"], []).append(row["extra"])
-        changed = {}
+        changed, cut = {}, self._cut(split, group)
         for row in planned:
-            if row["uri"] in extras and row["duplicate_of"] is None:
+            is_cut = cut[row["source"]] == row["uri"] if row["source"] in cut else row["duplicate_of"] is None
+            if row["uri"] in extras and is_cut:
                 # the manifest may have the planned row too, beside one with other annotations
                 same = int(self._planned["same"][self._place(row["uri"])])
                 extra = annotations.merged([row["extra"]] * same + extras[row["uri"]])
@@ -133,6 +138,16 @@ class Changes:
             rows = {row["source"]: row for row in later.read(self.dataset, split, shard)} | changed
             later.write(self.dataset, split, shard, [rows[source] for source in sorted(rows)])
         return len(changed)
+
+    def _cut(self, split: str, group: int) -> dict[str, str]:
+        """The URI that each source of a group was cut from: a copy may have taken the place of what could not be read."""
+        with contextlib.suppress(Failure):
+            rows = index.from_parquet(
+                storage.join(self.dataset, "sources", f"{split}-{group:05d}.parquet"), ["source", "uri", "status"]
+            )
+            return {row["source"]: row["uri"] for row in rows.to_pylist() if row["status"] == "good"}
+        # not cut yet, or its account is damaged
+        return {}
 
 
 def _hashes(column: pa.Array) -> np.ndarray:

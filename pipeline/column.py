@@ -276,35 +276,49 @@ def commit(
     row_of: Callable[[Mapping[str, Any]], dict[str, Any]],
     kind: pa.Schema,
     notes: Mapping[str, Any],
+    is_of: Callable[[index.Shard, index.Shard], bool] = fits,
 ) -> int:
     """Write a column's shard for all clips of a base shard; returns the bytes of its tar.
 
-    The index of another tar is deleted first: a reader must not find it beside the new one.
+    One that another worker has committed meanwhile stays, as readers may use it. The index of any other tar is deleted first:
+    a reader must not find it beside the new one.
 
     Args:
         members: each clip's key and files, in the order of the base.
         row_of: `row_of(base_row)` gives the further columns of the index for a clip.
         kind: schema of the index.
         notes: metadata of the index, such as statistics.
+        is_of: as for `missing`.
     """
     name = f"{base.name}.{column}"
     url = storage.join(dataset, base.split, name)
-    is_committed = name in index.shard_names(dataset, base.split, column)
-    with storage.staged(f"{url}.tar") as tar:
-        stored = write_tar(tar, members)
-        size, digest = tar.stat().st_size, sha256_of(tar)
-        if is_committed and not _is_of_tar(index.read_shard(dataset, base.split, name), base, digest):
-            fs, path = storage.filesystem(f"{url}.parquet")
-            with suppress(FileNotFoundError):
-                storage.retrying(path, lambda: fs.rm_file(path))
+    try:
+        with storage.staged(f"{url}.tar") as tar:
+            stored = write_tar(tar, members)
+            size, digest = tar.stat().st_size, sha256_of(tar)
+            # asked as late as can be: the members may take an hour
+            if name in index.shard_names(dataset, base.split, column):
+                there = index.read_shard(dataset, base.split, name)
+                if is_of(base, there):
+                    raise _Committed(there.tar_bytes)
+                if not fits(base, there) or there.tar_sha256 != digest:
+                    fs, path = storage.filesystem(f"{url}.parquet")
+                    with suppress(FileNotFoundError):
+                        storage.retrying(path, lambda: fs.rm_file(path))
+    except _Committed as e:
+        return e.size
     base_rows = base.table.to_pylist()
     rows = [row | row_of(base_row) for row, base_row in zip(column_rows(stored, base_rows), base_rows, strict=True)]
     index.write_index(f"{url}.parquet", rows, kind, size, digest, notes)
     return size
 
 
-def _is_of_tar(committed: index.Shard, base: index.Shard, digest: str) -> bool:
-    return fits(base, committed) and committed.tar_sha256 == digest
+class _Committed(Exception):
+    """Another worker has committed the shard; what was made of it again is given up."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
 
 
 def shards_of(dataset: str, column: str, base: Base) -> list[index.Shard]:

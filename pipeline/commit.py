@@ -1,7 +1,8 @@
 """One group to one shard, committed by its index, which is written last; until then the shard does not exist.
 
 Order: data tar, tar and index of frame differences, tar and index of sound, source rows, index. Every write is atomic and
-gives the same bytes whoever does it, so that two drivers at once, a retry or a kill at any moment do no harm.
+gives the same bytes whoever does it, so that two drivers at once, a retry or a kill at any moment do no harm. Where the bytes
+differ, as of a source that only one of them could reach, the shard that is committed first stays.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from longtake.datasets.shard import Member, sha256_of, write_tar
 from longtake.pipeline.config import CutConfig
 from longtake.pipeline.fetch import Unread, fetch
 from longtake.pipeline.isolate import Worker
-from longtake.pipeline.retry import waiting
+from longtake.pipeline.retry import resized_note, waiting
 
 _worker: Worker | None = None
 
@@ -36,7 +37,7 @@ def make_group(
     """Cut the sources of one group and commit its shard.
 
     Args:
-        group: `{"split", "group"}`, and perhaps `again`: URIs that have been planned anew, in another group.
+        group: `{"split", "group"}`, and perhaps `again`: what `seen.planned_again` gives for it.
         rows: its plan rows, in order of identity.
         memory: contents of sources that only the driver can see.
         board: the Ray actor that progress is reported to (see board.py).
@@ -53,7 +54,7 @@ def make_group(
 
     try:
         with storage.spool_folder(storage.join(dataset, split)) as spool:
-            sources, clips = _cut_sources(rows, group.get("again", ()), spool, cut, memory or {}, report)
+            sources, clips = _cut_sources(rows, group.get("again", {}), spool, cut, memory or {}, report)
             report(len(rows), "its commit")
             _commit(dataset, split, name, spool, clips, sources, cut)
             result["clips"] = len(clips)
@@ -66,7 +67,7 @@ def make_group(
 
 def _cut_sources(
     rows: Sequence[Mapping[str, Any]],
-    again: Sequence[str],
+    again: Mapping[str, bool],
     spool: Path,
     cut: CutConfig,
     memory: Mapping[str, bytes],
@@ -78,13 +79,16 @@ def _cut_sources(
     for number, row in enumerate(rows):
         report(number, row["uri"])
         cut_clips = list[dict[str, Any]]()
-        if row["uri"] in again:
+        # a copy takes the place of what could not be read
+        if row["duplicate_of"] is not None and row["source"] not in unread:
+            account = _rejected("duplicate", f"same content as {row['duplicate_of']}")
+        elif again.get(row["uri"]):
             account = _rejected("unreachable", "planned again, into a later group")
+        elif row["uri"] in again:
+            account = _rejected("missing", "another file by now, which a later group has")
+            unread.add(row["source"])
         elif row["source"] == waiting(row["uri"]):
             account = _ask_again(row, spool, cut.limits.max_bytes)
-        # a copy takes the place of what could not be read
-        elif row["duplicate_of"] is not None and row["source"] not in unread:
-            account = _rejected("duplicate", f"same content as {row['duplicate_of']}")
         else:
             store = "/".join(row["uri"].split("/", 3)[:3])
             attempts = 1 if store in silent else 5
@@ -133,9 +137,7 @@ def _cut(
     if row["bytes"] is None:
         account["bytes"] = size
     elif size != row["bytes"]:
-        account["detail"] = "; ".join(
-            filter(None, [account.get("detail"), f"{size} bytes, listed with {row['bytes']}"])
-        )
+        account["detail"] = "; ".join(filter(None, [account.get("detail"), resized_note(size, row["bytes"])]))
     if account.get("detail"):
         # a decoder may repeat a name that is no text
         account["detail"] = shown(storage.printable(account["detail"]))
@@ -172,6 +174,11 @@ def _commit(
             yield row["key"], {e: (spool / f"{row['key']}.{e}").read_bytes() for e in extensions}
 
     base = storage.join(dataset, split, name)
+    fs, path = storage.filesystem(f"{base}.parquet")
+    fs.invalidate_cache(path)
+    if storage.retrying(path, lambda: fs.exists(path)):
+        # by another driver or try: readers may use its tar, and what it could not read may be planned again by now
+        return
     members, size, digest = store_tar(f"{base}.tar", files(("mp4", "json")))
     diffs, diff_size, diff_digest = store_tar(f"{base}.frame_diff.tar", files(("npy.zst",)))
     column = column_rows(diffs, clips)

@@ -22,6 +22,10 @@ from longtake.pipeline.orientation import Orientation, orientation_of, shown_siz
 from longtake.pipeline.second_opinion import decord_frames
 
 _MAX_DAMAGED_PACKETS = 1000  # in a row
+_READ_AS = {
+    3: 2,
+    10: 9,
+}  # colour matrices of ITU-T H.273 that swscale refuses: reserved, BT.2020 with constant luminance
 _TARGET = {
     "dst_colorspace": Colorspace.ITU601,
     "dst_color_range": ColorRange.MPEG,
@@ -289,13 +293,22 @@ def to_planes(frame: Frame, scaled: tuple[int, int], crop: tuple[int, int], scal
 
     Returns:
         (3/2 * height, width) uint8, planar YUV 4:2:0, BT.601, limited range.
+
+    Raises:
+        Unreadable: its colours cannot be converted, as with YCgCo.
     """
     width, height = scaled[::-1] if frame.orientation[0] else scaled
     image = frame.image
-    if tone.is_hdr(image):
-        # at the small size, where it costs little; the reformat below only converts, with its own tables
-        image, scaler = tone.sdr_image(image, width, height, scaler), VideoReformatter()
-    small = scaler.reformat(image, width, height, "yuv420p", **_TARGET)
+    image.colorspace = _READ_AS.get(image.colorspace, image.colorspace)
+    try:
+        if tone.is_hdr(image):
+            # at the small size, where it costs little; the reformat below only converts, with its own tables
+            image, scaler = tone.sdr_image(image, width, height, scaler), VideoReformatter()
+        small = scaler.reformat(image, width, height, "yuv420p", **_TARGET)
+    except av.error.OSError as e:
+        raise Unreadable(
+            f"its colours cannot be converted: matrix {frame.image.colorspace} of H.273 ({e.strerror})"
+        ) from e
     planes = np.empty((crop[1] * 3 // 2, crop[0]), np.uint8)
     # the luma offset is even, so that chroma stays aligned
     left, top = ((side - inner) // 4 * 2 for side, inner in zip(scaled, crop, strict=True))

@@ -9,6 +9,7 @@ import errno
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from fsspec.callbacks import Callback
@@ -22,6 +23,8 @@ _OUR_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _RENEWABLE = """ExpiredToken ExpiredTokenException InvalidAccessKeyId InvalidClientTokenId RequestTimeTooSkewed
 SignatureDoesNotMatch TokenRefreshRequired NoCredentialsError PartialCredentialsError TokenRetrievalError"""
 _OUR_CREDENTIALS = frozenset(_RENEWABLE.split())
+# a server that gives less than this does not give the source: one byte a minute would be no silence
+_SLOW_SECONDS, _SLOW_BYTES = 600.0, 600 << 10
 
 
 class Unread(Exception):
@@ -84,11 +87,12 @@ def _download(fs: Any, path: str, target: Path, most_bytes: int) -> None:
 
 
 class _Bounded(Callback):
-    """Stops a transfer of more than `most_bytes`."""
+    """Stops a transfer of more than `most_bytes`, and one that is too slow."""
 
     def __init__(self, most_bytes: int) -> None:
         super().__init__()
         self._most, self.expected = most_bytes, None
+        self._then, self._had = monotonic(), 0
 
     def set_size(self, size: Any) -> None:
         self.expected = size
@@ -101,6 +105,14 @@ class _Bounded(Callback):
         self.value = value
         if (size := max(value, self.expected or 0)) > self._most:
             raise Unread("too_large", f"{size} bytes; limits.max_bytes is {self._most}")
+        if (seconds := monotonic() - self._then) > _SLOW_SECONDS:
+            if value - self._had < _SLOW_BYTES:
+                raise _too_slow(value - self._had, seconds)
+            self._then, self._had = monotonic(), value
+
+
+def _too_slow(came: int, seconds: float) -> Unread:
+    return Unread("unreachable", f"too slow: {came} bytes in {seconds:.0f} s")
 
 
 def part(uri: str, size: int, start: int, end: int) -> bytes:
@@ -126,10 +138,19 @@ def _is_http(fs: Any) -> bool:
 def _range(fs: Any, path: str, start: int, end: int, **http: Any) -> bytes:
     if not _is_http(fs):
         return bytes(fs.cat_file(path, start=start, end=end))
-    # `cat_file` would download the whole file from a server without ranges
-    with fs.open(path, "rb", **http) as f:
-        f.seek(start)
-        return bytes(f.read(end - start))
+    import aiohttp
+
+    usual, begun = fs.client_kwargs["timeout"], monotonic()
+    bounded = aiohttp.ClientTimeout(_SLOW_SECONDS, sock_connect=usual.sock_connect, sock_read=usual.sock_read)
+    try:
+        # `cat_file` would download the whole file from a server without ranges
+        with fs.open(path, "rb", timeout=bounded, **http) as f:
+            f.seek(start)
+            return bytes(f.read(end - start))
+    except TimeoutError as e:
+        if (seconds := monotonic() - begun) < _SLOW_SECONDS:
+            raise
+        raise _too_slow(end - start, seconds) from e
 
 
 def answers(uri: str) -> bool:

@@ -129,6 +129,8 @@ def _serve(memory: int) -> None:
     # C libraries print to the descriptor itself: keep results apart from their noise
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    import av
+
     from longtake.pipeline import audio, source
 
     works: dict[str, Any] = {"cut": source.process, "keep_sound": audio.keep}
@@ -147,6 +149,9 @@ def _serve(memory: int) -> None:
             result = works[job.pop("work")](**job, cut=cut)
         except MemoryError:
             result = {"failed": ["too_large", f"needs more than limits.memory_bytes {memory}"]}
+        except av.error.FFmpegError as e:
+            # some are OSError, but none is of this disk: FFmpeg gets bytes and gives bytes
+            result = {"failed": ["unreadable", e.strerror or str(e)]}
         except OSError as e:
             result = {"os_error": [e.errno, e.strerror or str(e), e.filename]}
         except Exception as e:

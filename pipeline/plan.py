@@ -6,13 +6,13 @@ in the order of work follow from the identity alone, never from names or listing
 on the local disk, so that memory does not grow with their number.
 """
 
-import contextlib
 import hashlib
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from longtake.datasets import annotations, index, later, schema, storage
+from longtake.datasets.errors import Failure
+from longtake.pipeline.buckets import KNOWN, Buckets, ids_of, is_first, shares
 from longtake.pipeline.changes import Changes
 from longtake.pipeline.copies import separated
 from longtake.pipeline.discover import find
@@ -34,8 +36,6 @@ from longtake.pipeline.seen import Seen, batches
 
 _SAMPLE_BYTES = 1 << 16
 _ROWS_A_ROW_GROUP = 1 << 16
-_ROWS_AT_ONCE = 1 << 17
-_KNOWN_COLUMNS = ("source", "uri", "split")
 _NEW_COLUMNS = ("source", "uri", "bytes", "extra", "sampled")
 _UNSIZED_IN_A_GROUP = 128  # sources of unknown size that fill it
 
@@ -56,12 +56,6 @@ def identify(listing: pa.RecordBatch, threads: ThreadPoolExecutor) -> np.ndarray
     if len(untagged):
         ids[~tagged] = list(threads.map(_by_samples, untagged["uri"].to_pylist(), untagged["bytes"].to_pylist()))
     return ids
-
-
-def _ids(column: pa.ChunkedArray) -> np.ndarray:
-    """A column of identities as (N,) bytes."""
-    texts = column.combine_chunks().cast(pa.binary()).cast(pa.binary(20))
-    return np.frombuffer(texts.buffers()[1], "S20", len(texts), texts.offset * 20)
 
 
 def _by_samples(uri: str, size: int | None) -> str:
@@ -102,8 +96,8 @@ def assign(
     for listed, known in buckets:
         new, ids = _merged_by_uri(listed)
         numbers = np.arange(len(ids))
-        first = np.maximum.accumulate(np.where(_changes(ids), numbers, 0))
-        val = (_share(ids) < val_fraction) ^ (ids == (swapped or "").encode())
+        first = np.maximum.accumulate(np.where(is_first(ids), numbers, 0))
+        val = (shares(ids) < val_fraction) ^ (ids == (swapped or "").encode())
         repeats = first != numbers
         originals = np.full(len(ids), None, object)
         originals[repeats] = new["uri"].take(pa.array(first[repeats])).to_pylist()
@@ -123,16 +117,11 @@ def assign(
             yield pa.table({name: columns[name] for name in schema.PLAN.names}, schema=schema.PLAN)
 
 
-def _changes(ordered: np.ndarray) -> np.ndarray:
-    """(N,) bool: a value is the first, or another than the one before."""
-    return np.append(True, ordered[1:] != ordered[:-1])
-
-
 def _merged_by_uri(new: pa.Table) -> tuple[pa.Table, np.ndarray]:
     """Rows and their identities in order of (identity, URI); rows of the same URI are merged, with all annotations."""
-    ids = _ids(new["source"])
+    ids = ids_of(new["source"])
     order = np.argsort(ids, kind="stable")
-    starts = np.flatnonzero(_changes(ids[order]))
+    starts = np.flatnonzero(is_first(ids[order]))
     lengths = np.diff(np.append(starts, len(ids)))
     keep = np.ones(len(ids), bool)
     extras: dict[int, str | None] = {}  # of merged rows
@@ -141,7 +130,7 @@ def _merged_by_uri(new: pa.Table) -> tuple[pa.Table, np.ndarray]:
         uris = np.array(new["uri"].take(pa.array(alike)).to_pylist())
         by_uri = np.argsort(uris, kind="stable")
         order[start : start + length] = alike = alike[by_uri]
-        firsts = np.flatnonzero(_changes(uris[by_uri]))
+        firsts = np.flatnonzero(is_first(uris[by_uri]))
         keep[start : start + length] = False
         keep[start + firsts] = True
         for rows in np.split(alike, firsts[1:]):
@@ -157,15 +146,9 @@ def _merged_by_uri(new: pa.Table) -> tuple[pa.Table, np.ndarray]:
     return table, ids[order]
 
 
-def _share(ids: np.ndarray) -> np.ndarray:
-    """(N,) in [0, 1) from the last digits of each identity, which do not depend on its place in the order."""
-    digits = np.ascontiguousarray(ids).view("u1").reshape(len(ids), 20)[:, -8:].tobytes()
-    return np.frombuffer(bytes.fromhex(digits.decode()), ">u4") / 2.0**32
-
-
 def share_of(uri: str, size: int) -> float:
     """Where a source of so many bytes and no tag stands between 0 and 1: it is held out where that is below `val_fraction`."""
-    return float(_share(np.array([_by_samples(uri, size)], "S20"))[0])
+    return float(shares(np.array([_by_samples(uri, size)], "S20"))[0])
 
 
 @dataclass
@@ -204,35 +187,38 @@ def plan(
 
     Returns:
         `{"split", "group", "plan": file, "sources": count}` for each group, in order.
+
+    Raises:
+        Failure: an earlier plan is missing.
     """
-    folder = storage.join(dataset, "plan")
     while True:
         # numbered before reading: a plan that another driver writes meanwhile takes the number of this one
-        old = [storage.join(folder, name) for name in index.table_names(folder)]
+        old = _plans(dataset)
         with storage.spool_folder(dataset) as spool, storage.failing_clearly(str(spool)):
-            new, tries, listed = _Buckets(spool / "new"), read_tries(dataset), Listed(dataset, patterns)
+            new, tries, listed = Buckets(spool / "new"), read_tries(dataset), Listed(dataset, patterns)
             if not tries.awaited and listed.is_planned():
-                return groups(dataset)
+                return _checked_groups(dataset)
             seen, changes = Seen(old, tries), Changes(dataset, old, spool / "changes")
             awaited = {row["uri"]: row for row in tries.awaited if seen.times(row) == row["tries"]}
             for uri in _identify_new(
                 changes.watch(find(patterns, threads, listed.unsized)), seen, new, threads, awaited
             ):
                 del awaited[uri]
-            _plan_again(answering(list(awaited.values())), new)
-            new.close()
             _write_changes(dataset, changes)
+            # what is planned again takes the annotations of now
+            _plan_again(dataset, answering(list(awaited.values())), new)
+            new.close()
             # 38 bytes a planned source, before those are sorted
             del seen, changes
             if not new.count:
                 listed.remember()
-                return groups(dataset)
-            known = _Buckets(spool / "known")
-            for batch in chain.from_iterable(batches(url, _KNOWN_COLUMNS) for url in old):
+                return _checked_groups(dataset)
+            known = Buckets(spool / "known")
+            for batch in chain.from_iterable(batches(url, KNOWN) for url in old):
                 # a source of which nothing was read has no duplicates
                 known.add(_without_unread(pa.table(batch), tries))
             known.close()
-            planned = groups(dataset)
+            planned = _checked_groups(dataset)
             free = {s: max((g["group"] + 1 for g in planned if g["split"] == s), default=0) for s in schema.SPLITS}
             tables = assign(
                 _sorted_buckets(new, known, threads),
@@ -244,9 +230,31 @@ def plan(
             )
             target = spool / "plan.parquet"
             _write(target, tables)
-            if storage.write_if_absent(storage.join(folder, f"{len(old):05d}.parquet"), target):
+            if storage.write_if_absent(storage.join(dataset, "plan", f"{len(old):05d}.parquet"), target):
                 listed.remember()
                 return groups(dataset)
+
+
+def _plans(dataset: str) -> list[str]:
+    """The URLs of all plans. Raises Failure where one is missing: its number would be given again."""
+    folder = storage.join(dataset, "plan")
+    names = index.table_names(folder)
+    for number, name in enumerate(names):
+        if name != f"{number:05d}.parquet":
+            raise Failure(f"{folder}/{number:05d}.parquet: is missing; {index.PLAN_REMEDY}")
+    return [storage.join(folder, name) for name in names]
+
+
+def _checked_groups(dataset: str) -> list[dict[str, Any]]:
+    """The groups of all plans. Raises Failure where a shard is of none: a new plan would give its number to other sources."""
+    # before the plans: another driver may commit what it plans meanwhile
+    shards = index.committed(dataset)
+    planned = groups(dataset)
+    known = {(group["split"], f"{group['group']:05d}") for group in planned}
+    if lost := [f"{split}/{name}" for split, name in shards if (split, name) not in known]:
+        url, example = storage.join(dataset, "plan"), lost[0]
+        raise Failure(f"{url}: no plan has the groups of {len(lost)} shards, such as {example}; {index.PLAN_REMEDY}")
+    return planned
 
 
 def _write_changes(dataset: str, changes: Changes) -> None:
@@ -259,7 +267,7 @@ def _write_changes(dataset: str, changes: Changes) -> None:
         )
 
 
-def _sorted_buckets(new: "_Buckets", known: "_Buckets", threads: int) -> Iterator[tuple[pa.Table, pa.Table]]:
+def _sorted_buckets(new: Buckets, known: Buckets, threads: int) -> Iterator[tuple[pa.Table, pa.Table]]:
     with ThreadPoolExecutor(threads) as pool:
         for bucket in tqdm(sorted(new.names), "sort", unit="bucket", delay=2):
             earlier = known.read(bucket)
@@ -267,7 +275,7 @@ def _sorted_buckets(new: "_Buckets", known: "_Buckets", threads: int) -> Iterato
 
 
 def _identify_new(
-    listings: Iterator[pa.RecordBatch], seen: Seen, new: "_Buckets", threads: int, awaited: Mapping[str, Any]
+    listings: Iterator[pa.RecordBatch], seen: Seen, new: Buckets, threads: int, awaited: Mapping[str, Any]
 ) -> set[str]:
     """Put new sources into buckets; returns the URIs of `awaited` among them, which are listed with another size."""
     resized = set[str]()
@@ -285,10 +293,10 @@ def _identify_new(
     return resized
 
 
-def _plan_again(rows: Sequence[Mapping[str, Any]], new: "_Buckets") -> None:
-    """Put sources that were unreachable into buckets; one whose content was already known keeps its identity."""
+def _plan_again(dataset: str, rows: Sequence[dict[str, Any]], new: Buckets) -> None:
+    """Put sources that were not read into buckets; one whose content was already known keeps its identity."""
     again = []
-    for row in rows:
+    for row in _with_later(dataset, rows):
         unidentified = row["source"] in (by_name(row["uri"]), waiting(row["uri"]))
         source = _by_samples(row["uri"], row["bytes"]) if unidentified else row["source"]
         if source != waiting(row["uri"]):
@@ -299,6 +307,19 @@ def _plan_again(rows: Sequence[Mapping[str, Any]], new: "_Buckets") -> None:
         new.add(pa.Table.from_pylist(again, pa.schema([*fields, ("sampled", pa.bool_())])))
 
 
+def _with_later(dataset: str, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Rows of planned sources with their latest annotations."""
+
+    @cache
+    def extras(split: str, group: int) -> dict[tuple[str, str], str | None]:
+        found = later.read(dataset, split, f"{group:05d}")
+        return {(row["source"], row["uri"]): row["extra"] for row in found}
+
+    for row in rows:
+        extra = extras(row["split"], row["group"]).get((row["source"], row["uri"]), row["extra"])
+        yield row | {"extra": extra}
+
+
 def _without_unread(known: pa.Table, tries: Tries) -> pa.Table:
     if not len(tries.unread):
         return known
@@ -307,62 +328,6 @@ def _without_unread(known: pa.Table, tries: Tries) -> pa.Table:
     )
     unread = pc.or_(pc.is_in(keys, unread_keys), pc.is_in(known["source"], tries.lost))
     return known.filter(pc.invert(unread))
-
-
-class _Buckets:
-    """Rows on the local disk in a file for each two first digits of identities, so that each file is sorted in memory."""
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir()
-        self._folder, self._files, self._tables = folder, contextlib.ExitStack(), list[pa.Table]()
-        self._writers: dict[str, pa.ipc.RecordBatchStreamWriter] = {}
-        self.names: set[str] = set()
-        self.count = 0
-        self.first, self._last, self._shares = "g", "", (1.0, 0.0)
-
-    def add(self, table: pa.Table) -> None:
-        if not len(table):
-            # of sources that are known, none may have been read
-            return
-        self._tables.append(table)
-        self.count += len(table)
-        if sum(map(len, self._tables)) >= _ROWS_AT_ONCE:
-            self._spill()
-
-    def _spill(self) -> None:
-        table = pa.concat_tables(self._tables)
-        ids = _ids(table["source"])
-        self._tables.clear()
-        order = np.argsort(ids, kind="stable")
-        table, ids = table.take(pa.array(order)).combine_chunks(), ids[order]
-        shares = _share(ids)
-        self.first, self._last = min(self.first, ids[0].decode()), max(self._last, ids[-1].decode())
-        self._shares = min(self._shares[0], float(shares.min())), max(self._shares[1], float(shares.max()))
-        prefixes = ids.astype("S2")
-        starts = np.flatnonzero(_changes(prefixes))
-        for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(ids)], strict=True):
-            name = prefixes[start].decode()
-            if name not in self.names:
-                self.names.add(name)
-                file = self._files.enter_context((self._folder / name).open("wb"))
-                self._writers[name] = self._files.enter_context(pa.ipc.new_stream(file, table.schema))
-            self._writers[name].write_table(table.slice(start, end - start))
-
-    def close(self) -> None:
-        if self._tables:
-            self._spill()
-        self._files.close()
-
-    def read(self, name: str) -> pa.Table:
-        if name not in self.names:
-            return schema.PLAN.empty_table().select(_KNOWN_COLUMNS)
-        with (self._folder / name).open("rb") as f:
-            return pa.ipc.open_stream(f).read_all()
-
-    def one_sided(self, val_fraction: float) -> bool:
-        """Whether all of several sources would fall into one split."""
-        low, high = self._shares
-        return 0 < val_fraction < 1 and self.first != self._last and (low < val_fraction) == (high < val_fraction)
 
 
 def _write(path: Path, tables: Iterable[pa.Table]) -> None:
@@ -406,8 +371,7 @@ def sources_of(dataset: str, group: Mapping[str, Any]) -> list[dict[str, Any]]:
 
     table = storage.retrying(path, read)
     rows = table.filter((pc.field("split") == group["split"]) & (pc.field("group") == group["group"])).to_pylist()
-    extras = {row["source"]: row["extra"] for row in later.read(dataset, group["split"], f"{group['group']:05d}")}
-    return [row if row["duplicate_of"] else row | {"extra": extras.get(row["source"], row["extra"])} for row in rows]
+    return list(_with_later(dataset, rows))
 
 
 def _may_hold(file: pq.ParquetFile, row_group: int, group: int) -> bool:

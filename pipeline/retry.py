@@ -24,7 +24,8 @@ from longtake.pipeline.fetch import answers
 
 RECORD = "unreachable.json"
 _NO_TRIES: dict[str, Any] = {"awaited": [], "repeated": [], "rounds": 0}
-_FIELDS = ("source", "uri", "bytes", "split", "group", "duplicate_of", "extra", "reason")
+_FIELDS = ("source", "uri", "bytes", "split", "group", "duplicate_of", "extra", "reason", "detail")
+_RESIZED = r"(?:^|; )(?P<bytes>\d{1,18}) bytes, listed with \d+(?:$|; )"
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,16 @@ class Tries:
     Attributes:
         unread: the last row of each source of which nothing was read, with columns of schema.SOURCES.
         lost: identities of which nothing was ever read.
-        awaited: rows of `unread` that are worth another try, each with the number of its `tries`.
-        repeated: URIs of unreachable sources that were planned again.
+        awaited: rows that are worth another try, each with the number of its `tries`: unreachable sources, and copies of `lost`.
+        repeated: URIs of such sources that were planned again.
+        resized: `uri` and `bytes` of sources that were not as long as listed when they were read.
     """
 
     unread: pa.Table
     lost: pa.Array
     awaited: list[dict[str, Any]]
     repeated: frozenset[str]
+    resized: pa.Table
 
 
 def by_name(uri: str) -> str:
@@ -62,27 +65,29 @@ def read_tries(dataset: str, threads: int = 16) -> Tries:
         for name in index.shard_names(dataset, split)
     ]
     with ThreadPoolExecutor(threads) as pool:
-        failed = _concatenated(pool.map(lambda url: (rows := _read(url)).filter(_is_unread(rows)), urls))
+        odd = _concatenated(pool.map(lambda url: (rows := _read(url)).filter(_is_odd(rows)), urls))
+        failed, resized = odd.filter(_is_unread(odd)), odd.filter(_is_resized(odd))
         # most datasets have none; then no other rows have to be in memory
         rows = _concatenated(pool.map(lambda url: _related(_read(url), failed), urls)) if len(failed) else failed
 
     last = index.last_tries(rows)
     unread, read = last.filter(_is_unread(last)), last.filter(pc.invert(_is_unread(last)))
     read = read.filter(pc.invert(pc.fill_null(pc.equal(read["reason"], "duplicate"), False)))
-    lost = unread["source"].filter(pc.invert(pc.is_in(unread["source"], read["source"])))
+    lost = unread["source"].filter(pc.invert(pc.is_in(unread["source"], read["source"]))).combine_chunks()
 
-    answered = set(read["uri"].filter(pc.is_in(read["uri"], unread["uri"])).to_pylist())
-    unreachable = rows.filter(pc.equal(rows["reason"], "unreachable"))
-    counts = Counter(zip(unreachable["uri"].to_pylist(), unreachable["bytes"].to_pylist(), strict=True))
+    hopeful = last.filter(_may_be_read(last, lost))
+    answered = set(read["uri"].filter(pc.is_in(read["uri"], hopeful["uri"])).to_pylist())
+    tried = rows.filter(_may_be_read(rows, lost))
+    counts = Counter(zip(tried["uri"].to_pylist(), tried["bytes"].to_pylist(), strict=True))
     awaited = [
-        row | {"tries": counts[row["uri"], row["bytes"]]}
-        for row in unread.filter(pc.equal(unread["reason"], "unreachable")).to_pylist()
-        if row["uri"] not in answered
+        row | {"tries": counts[row["uri"], row["bytes"]]} for row in hopeful.to_pylist() if row["uri"] not in answered
     ]
 
     superseded = rows.filter(pc.invert(pc.is_in(_places(rows), _places(last))))
-    repeated = superseded["uri"].filter(pc.equal(superseded["reason"], "unreachable")).to_pylist()
-    return Tries(unread, lost.combine_chunks(), awaited, frozenset(repeated))
+    repeated = superseded.filter(pc.is_in(superseded["reason"], pa.array(["unreachable", "duplicate"])))
+    sizes = pc.struct_field(pc.extract_regex(resized["detail"], _RESIZED), "bytes").cast(pa.int64())
+    resized = pa.table({"uri": resized["uri"], "bytes": sizes})
+    return Tries(unread, lost, awaited, frozenset(repeated["uri"].to_pylist()), resized)
 
 
 def _empty() -> pa.Table:
@@ -96,6 +101,25 @@ def _concatenated(tables: Iterable[pa.Table]) -> pa.Table:
 
 def _is_unread(rows: pa.Table) -> pa.ChunkedArray:
     return pc.fill_null(pc.is_in(rows["reason"], pa.array(schema.UNREAD)), False)
+
+
+def resized_note(size: int, listed: int) -> str:
+    """The note about a source that was not as long as listed; `Tries.resized` has it."""
+    return f"{size} bytes, listed with {listed}"
+
+
+def _is_resized(rows: pa.Table) -> pa.ChunkedArray:
+    return pc.fill_null(pc.match_substring_regex(rows["detail"], _RESIZED), False)
+
+
+def _is_odd(rows: pa.Table) -> pa.ChunkedArray:
+    return pc.or_(_is_unread(rows), _is_resized(rows))
+
+
+def _may_be_read(rows: pa.Table, lost: pa.Array) -> pa.ChunkedArray:
+    """Whether a store may yet give what was not read: it was unreachable, or left to an original that could not be read."""
+    unreachable, copies = (pc.is_in(rows["reason"], pa.array([reason])) for reason in ("unreachable", "duplicate"))
+    return pc.or_(unreachable, pc.and_(copies, pc.is_in(rows["source"], lost)))
 
 
 def _related(rows: pa.Table, failed: pa.Table) -> pa.Table:

@@ -21,8 +21,8 @@ _ROWS = 1 << 16
 class Seen:
     """All planned sources, as sorted digests.
 
-    A source is new when no plan has its URI with its size. One that was read while its size was unknown is not new when
-    its size becomes known, nor is one whose size is no longer known.
+    A source is new when no plan has its URI with its size, and it was not read with this size either. One that was read while
+    its size was unknown is not new when its size becomes known, nor is one whose size is no longer known.
     """
 
     def __init__(self, plans: Sequence[str], tries: Tries) -> None:
@@ -39,6 +39,8 @@ class Seen:
         self._unsized = np.concatenate(unsized)
         self._sized.sort()
         self._unsized.sort()
+        # with another size than planned, as a file that was still growing when it was listed
+        self._read = np.sort(_digests(tries.resized["bytes"], tries.resized["uri"]))
 
     def _planned(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         return chain.from_iterable(batches(url, columns) for url in self._plans)
@@ -55,6 +57,8 @@ class Seen:
         is_seen = _contains(self._sized, _digests(batch["bytes"], batch["uri"]))
         if len(self._unsized):
             is_seen |= _contains(self._unsized, _digests(batch["uri"]))
+        if len(self._read):
+            is_seen |= _contains(self._read, _digests(batch["bytes"], batch["uri"]))
         if batch["bytes"].null_count:
             if not len(self._uris):
                 self._uris = np.sort(np.concatenate([_digests(part["uri"]) for part in self._planned(("uri",))]))
@@ -102,21 +106,39 @@ def _reading(url: str) -> Iterator[pq.ParquetFile]:
         with fs.open(path, "rb") as f:
             # buffered, all that is still to come would be in memory
             yield pq.ParquetFile(f, pre_buffer=False)
-    except (pa.ArrowException, OSError) as e:
+    except pa.ArrowException as e:
+        raise Failure(f"{url}: not a readable plan ({' '.join(str(e).split())}); {index.PLAN_REMEDY}") from e
+    except OSError as e:
         raise Failure(f"{url}: cannot be read ({' '.join(str(e).split())}); run the same command again") from e
 
 
-def planned_again(dataset: str, groups: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], list[str]]:
-    """`{(split, group): URIs}` of sources that a later plan has once more, for these groups and perhaps others."""
+def planned_again(dataset: str, groups: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], dict[str, bool]]:
+    """`{(split, group): {URI: same}}` of the sources of groups that a later plan has once more.
+
+    `same` is whether it has the size there that it has here. With another one it is another file by now.
+    """
     folder = storage.join(dataset, "plan")
     names = [n for n in index.table_names(folder) if n >= min(group["plan"] for group in groups)]
-    later, uris = np.empty(0, "S16"), dict[tuple[str, int], list[str]]()
+    asked = {(group["split"], group["group"]) for group in groups}
+    later, repeated = np.empty(0, "S16"), list[tuple[str, dict[str, Any]]]()
     for name in reversed(names if len(names) > 1 else []):
         keys = [later]
         for batch in batches(storage.join(folder, name), ("uri", "bytes", "split", "group")):
-            keys.append(_digests(batch["bytes"], batch["uri"]))
+            keys.append(_digests(batch["uri"]))
             if len(later):
-                for row in batch.filter(pa.array(_contains(later, keys[-1]))).to_pylist():
-                    uris.setdefault((row["split"], row["group"]), []).append(row["uri"])
+                rows = batch.filter(pa.array(_contains(later, keys[-1]))).to_pylist()
+                repeated += [(name, row) for row in rows if (row["split"], row["group"]) in asked]
         later = np.sort(np.concatenate(keys))
-    return uris
+
+    sizes = dict[str, list[tuple[str, int | None]]]()  # of their URIs, each with the plan that has it
+    uris = pa.array({row["uri"] for _, row in repeated}, pa.string())
+    for name in names if repeated else []:
+        for batch in batches(storage.join(folder, name), ("uri", "bytes")):
+            for row in batch.filter(pc.is_in(batch["uri"], uris)).to_pylist():
+                sizes.setdefault(row["uri"], []).append((name, row["bytes"]))
+    again = dict[tuple[str, int], dict[str, bool]]()
+    for plan, row in repeated:
+        then = {size for name, size in sizes[row["uri"]] if name > plan}
+        same = bool({row["bytes"], None} & then) or row["bytes"] is None
+        again.setdefault((row["split"], row["group"]), {})[row["uri"]] = same
+    return again

@@ -26,6 +26,11 @@ Report = Callable[[int, str], None]
 Row = Mapping[str, Any]
 
 
+def is_whole(base: index.Shard, made: index.Shard) -> bool:
+    """Whether a shard has the sound of its base's clips, but for those that never come; others are asked for again."""
+    return columns.fits(base, made) and UNREACHABLE not in made.table["reason"].to_pylist()
+
+
 def make_sounds(
     worker: Worker,
     cut: CutConfig,
@@ -67,7 +72,8 @@ def make_sounds(
         assert cut.audio
         notes = cut.audio.model_dump(mode="json")
         members = sound_files(spool, rows)
-        columns.commit(dataset, base, COLUMN, members, lambda row: facts_of[row["key"]], schema.AUDIO_INDEX, notes)
+        kind = schema.AUDIO_INDEX
+        columns.commit(dataset, base, COLUMN, members, lambda row: facts_of[row["key"]], kind, notes, is_whole)
     return {"clips": len(rows), "with_sound": sum(row[COLUMN]["has_audio"] for row in rows)}
 
 

@@ -68,9 +68,13 @@ def missing(dataset: str, split: str, column: str, captions: str, keeps: Mapping
 
     def is_of(base: index.Shard, made: index.Shard) -> bool:
         said = index.read_shard(dataset, split, f"{base.name}.{captions}")
-        return columns.fits(base, made) and index.read_notes(dataset, made).get("captions_sha256") == said.rows_sha256
+        return _is_of(dataset, base, made, said.rows_sha256)
 
     return list(columns.missing(dataset, split, column, keeps, is_of))
+
+
+def _is_of(dataset: str, base: index.Shard, made: index.Shard, captions_sha256: str) -> bool:
+    return columns.fits(base, made) and index.read_notes(dataset, made).get("captions_sha256") == captions_sha256
 
 
 # A shard.
@@ -193,8 +197,17 @@ def _commit(
     spool: Path,
     notes: Mapping[str, Any],
 ) -> int:
-    """Commit a shard; returns the bytes of its tar. The index of another one is deleted first, so that no tar is read by it."""
-    url = storage.join(work.dataset, base.split, f"{base.name}.{work.column}")
+    """Commit a shard; returns the bytes of its tar.
+
+    One that another worker has committed meanwhile stays. The index of any other one is deleted first, so that no tar is
+    read by it.
+    """
+    name = f"{base.name}.{work.column}"
+    url = storage.join(work.dataset, base.split, name)
+    if name in index.shard_names(work.dataset, base.split, work.column):
+        there = index.read_shard(work.dataset, base.split, name)
+        if _is_of(work.dataset, base, there, notes["captions_sha256"]):
+            return there.tar_bytes
     fs, path = storage.filesystem(f"{url}.parquet")
     with suppress(FileNotFoundError):
         storage.retrying(path, partial(fs.rm_file, path))

@@ -74,11 +74,28 @@ def choose(
     if not any(keep.any() for keep in keeps.values()):
         raise UserError(f"{view_url or dataset}: keeps no clip; there is nothing to write")
     said = [compact.open_split(dataset, split, column)[0].digest for split in schema.SPLITS] if column else []
-    parts = [column, said, *(base.digest for base in bases.values()), *(digest for _, _, digest in kept.values())]
+    parts: list[Any] = [
+        column,
+        said,
+        *(base.digest for base in bases.values()),
+        *(digest for _, _, digest in kept.values()),
+    ]
     for name, one in (scored or {}).items():
         parts += [name, *(compact.open_split(dataset, split, one.column)[0].digest for split in schema.SPLITS)]
+    if labels := [changed for base in bases.values() for changed in _later_labels(base)]:
+        parts.append(labels)
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     return Chosen(dataset, bases, keeps, column, digest, scored or {})
+
+
+def _later_labels(base: compact.Rows) -> Iterator[tuple[str, str | None]]:
+    """Key and label of each clip whose label has changed since it was cut: the digests of the tars do not tell."""
+    for number, name in enumerate(base.shards["name"].to_pylist()):
+        if name in base.later:
+            keys, then, now = base.of(number)["key"], base.of(number)["label"], base.labelled(number)["label"]
+            for key, old, new in zip(keys.to_pylist(), then.to_pylist(), now.to_pylist(), strict=True):
+                if new != old:
+                    yield key, new
 
 
 def clips_of(chosen: Chosen, split: str, number: int, vectors: bool = False) -> Iterator[tuple[bytes, dict[str, Any]]]:

@@ -20,6 +20,7 @@ from longtake.datasets.stage import DatasetInput, StageConfig
 from longtake.pipeline import column as columns
 from longtake.pipeline.column import WorkerConfig
 from longtake.pipeline.config import AudioConfig, CutConfig, LimitsConfig
+from longtake.pipeline.sounds import is_whole, make_sounds
 
 VERSION = 1
 PRODUCES = "dataset"
@@ -88,7 +89,7 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
         jobs = [
             job
             for split, keeps in base.keeps.items()
-            for job in columns.missing(dataset, split, COLUMN, keeps, _is_whole)
+            for job in columns.missing(dataset, split, COLUMN, keeps, is_whole)
         ]
         for split in {job.split for job in jobs}:
             # before a shard changes: a compact index would go on giving the places of before
@@ -113,14 +114,8 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
 def _load(device: str, *, dataset: str, cut: CutConfig) -> columns.Make:
     """The function that makes a shard, loaded in an actor."""
     from longtake.pipeline.isolate import Worker
-    from longtake.pipeline.sounds import make_sounds
 
     return partial(make_sounds, Worker(), cut, dataset)
-
-
-def _is_whole(base: index.Shard, made: index.Shard) -> bool:
-    """Whether a shard has the sound of its base's clips, but for those that never come; others are asked for again."""
-    return columns.fits(base, made) and sound.UNREACHABLE not in made.table["reason"].to_pylist()
 
 
 def _check_settings(dataset: str, settings: AudioConfig) -> None:

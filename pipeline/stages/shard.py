@@ -104,14 +104,18 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
             swept += _sweep(output)  # what workers that died have left
     retry.record(output)
 
-    totals = index.summary(output)
+    # another driver may have planned more by now, and committed some of it
+    shards = index.committed(output)
+    totals, committed = index.summary(output, shards), {*shards}
+    made = [group for group in groups_of(output) if _shard(group) in committed]
+    assert committed.issuperset(map(_shard, groups))
     if not totals["clips"]:
         reasons = ", ".join(f"{n} {reason}" for reason, n in totals["rejected_by_reason"].items())
         raise UserError(
             f"sources: none of {totals['sources']} sources gave a clip ({reasons}); see `longtake dataset sources {output}`"
         )
     assert totals["sources"] == totals["sources_good"] + totals["sources_rejected"]
-    assert totals["sources"] + totals["sources_tried_again"] == sum(group["sources"] for group in groups)
+    assert totals["sources"] + totals["sources_tried_again"] == sum(group["sources"] for group in made)
     assert totals["clips"] == totals["clips_cut"]
     metrics = {name: float(value) for name, value in totals.items() if isinstance(value, int | float)}
     if sound := audio.count(output):
@@ -148,8 +152,13 @@ def describe(config: Config, output: str) -> None:
 
 def missing_groups(output: str, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The groups that have no committed shard."""
-    committed = {(split, name) for split in schema.SPLITS for name in index.shard_names(output, split)}
-    return [g for g in groups if (g["split"], group_name(g["group"])) not in committed]
+    committed = {*index.committed(output)}
+    return [group for group in groups if _shard(group) not in committed]
+
+
+def _shard(group: Mapping[str, Any]) -> tuple[str, str]:
+    """Split and name of the shard of a group."""
+    return group["split"], group_name(group["group"])
 
 
 def _make(config: Config, output: str, missing: list[dict[str, Any]]) -> None:
@@ -158,7 +167,7 @@ def _make(config: Config, output: str, missing: list[dict[str, Any]]) -> None:
         uris = (source["uri"] for group in missing for source in sources_of(output, group))
         memory = {uri: storage.read(uri) for uri in uris if storage.is_memory(uri)}
     again = planned_again(output, missing)
-    jobs = [group | {"again": again.get((group["split"], group["group"]), [])} for group in missing]
+    jobs = [group | {"again": again.get((group["split"], group["group"]), {})} for group in missing]
 
     def start(ray: Any, board: Any) -> Any:
         shared = (ray.put(memory), config.cut, board)

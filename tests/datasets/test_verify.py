@@ -131,7 +131,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "damaged plan": (
         lambda d: (d / "plan/00000.parquet").write_bytes(b"PAR1"),
         "plan/00000.parquet: not a",
-        "; delete it",
+        "; bring the plan back",
     ),
     "damaged compact": (
         lambda d: (compact.write(str(d), "train"), flip(d / "compact/train.arrow", 1500)),

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from answering import Web
 from drivers import Drivers
 
 from longtake.datasets import storage
@@ -36,6 +37,14 @@ def tiny_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         picture = rng.integers(40, 200, (48, 64, 3), dtype=np.uint8)
         write_video(folder / f"{n}.mp4", (np.roll(picture, t, 1) for t in range(20)), 20)
     return folder
+
+
+@pytest.fixture
+def web(tiny_videos: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    server = Web(tiny_videos)
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

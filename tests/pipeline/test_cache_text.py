@@ -100,6 +100,27 @@ def test_the_same_captions_give_the_same_bytes_whoever_is_at_work(root: str, has
     assert hashes(root) == hashes(twin)
 
 
+def test_the_shard_that_is_committed_first_stays(root: str) -> None:
+    """States differ in their last bits between processors."""
+
+    class Other(Counting):
+        def states(self, one: str) -> torch.Tensor:
+            return super().states(one) + 1
+
+    describe(root, told(root))
+    work, keep = text.Work(root, TEXT, COLUMN, 3), np.ones(len(index.read_shard(root, "train", "00000").table), bool)
+    files = [Path(root, "train", f"00000.{TEXT}.{ending}") for ending in ("tar", "parquet")]
+    made: list[list[bytes]] = []
+
+    def meanwhile(clips: int, position: str) -> None:
+        if not made:
+            text.make_text(Counting(), work, "train", "00000", keep, {})
+            made.append([path.read_bytes() for path in files])
+
+    text.make_text(Other(), work, "train", "00000", keep, {}, meanwhile)
+    assert [path.read_bytes() for path in files] == made[0]
+
+
 def test_a_changed_caption_is_encoded_alone(root: str) -> None:
     captions = told(root)
     describe(root, captions)

@@ -2,14 +2,17 @@
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from longtake.datasets import index, storage
+from longtake.datasets import index, schema, storage
+from longtake.pipeline import column as columns
 from longtake.pipeline import discover
 from longtake.pipeline.commit import make_group
 from longtake.pipeline.config import CutConfig
@@ -84,3 +87,26 @@ def committed(footage: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     folder = tmp_path_factory.mktemp("undisturbed")
     assert made_again(*group_of(footage, folder))["error"] == ""
     return hashes(folder)
+
+
+@pytest.mark.parametrize("late", [b"other", b"the same"])
+def test_a_shard_of_a_column_that_another_worker_commits_first_stays(dataset: str, tmp_path: Path, late: bytes) -> None:
+    """Values differ in their last bits between processors."""
+    copy = str(shutil.copytree(dataset, tmp_path / "dataset"))
+    base = index.read_shard(copy, "train", "00000")
+    keys = base.table["key"].to_pylist()
+
+    def commit(value: bytes, meanwhile: Callable[[], Any] = lambda: None) -> int:
+        def members() -> Iterator[tuple[str, dict[str, bytes]]]:
+            yield keys[0], {"npy": value}
+            meanwhile()
+            yield from ((key, {"npy": value}) for key in keys[1:])
+
+        return columns.commit(copy, base, "x", members(), lambda row: {}, schema.COLUMN_INDEX, {})
+
+    size = commit(late, lambda: commit(b"the same"))
+    shard = index.read_shard(copy, "train", "00000.x")
+    tar = (tmp_path / "dataset" / "train" / "00000.x.tar").read_bytes()
+    assert shard.tar_sha256 == hashlib.sha256(tar).hexdigest() and size == shard.tar_bytes == len(tar)
+    assert b"other" not in tar
+    assert not list((tmp_path / "dataset" / "train").glob(".*"))

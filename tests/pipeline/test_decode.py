@@ -1,6 +1,7 @@
 """Pictures as they reach the clips: tones, fields, bars."""
 
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -8,8 +9,10 @@ import pytest
 from av.video.reformatter import VideoReformatter
 
 from longtake.pipeline import hdr as tone
+from longtake.pipeline.config import ClipConfig, CutConfig
 from longtake.pipeline.decode import frames, luma, to_planes
 from longtake.pipeline.index_scores import score
+from longtake.pipeline.isolate import Worker
 
 
 def shown(path: Path, size: tuple[int, int]) -> list[np.ndarray]:
@@ -17,13 +20,13 @@ def shown(path: Path, size: tuple[int, int]) -> list[np.ndarray]:
     return [to_planes(frame, size, size, scaler) for frame in frames(str(path))]
 
 
-def write_grey(path: Path, signal: float, transfer: int) -> None:
-    """One second of flat grey, 10 bits, limited range, with the transfer function named in the stream."""
+def write_grey(path: Path, signal: float, transfer: int, matrix: int = 9) -> None:
+    """One second of flat grey, 10 bits, limited range, with the transfer function and colour matrix named in the stream."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=10)
         stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p10le"
         context = stream.codec_context
-        context.color_trc, context.color_primaries, context.colorspace, context.color_range = transfer, 9, 9, 1
+        context.color_trc, context.color_primaries, context.colorspace, context.color_range = transfer, 9, matrix, 1
         for number in range(10):
             frame = av.VideoFrame(64, 64, "yuv420p10le")
             for plane, level in zip(frame.planes, (64 + signal * 876, 512, 512), strict=True):
@@ -47,6 +50,20 @@ def test_the_white_of_a_high_range_source_is_bright_and_its_peak_is_not_clipped(
     assert levels == sorted(levels) and levels[3] - levels[2] > 5 and levels[4] - levels[3] > 5
     write_grey(tmp_path / "x.mp4", white, 1)
     assert luma(shown(tmp_path / "x.mp4", (64, 64))[-1]).mean() == pytest.approx(16 + 219 * white, abs=3)
+
+
+def test_a_source_whose_colours_cannot_be_converted_is_a_row(tmp_path: Path) -> None:
+    """Matrices of ITU-T H.273: reserved, YCgCo, BT.2020 with constant luminance, ICtCp."""
+    worker, cut = Worker(), CutConfig(clip=ClipConfig(short_side=32, fps=10, max_seconds=1))
+    reasons = dict[tuple[int, int], Any]()
+    for transfer in (1, 16):
+        for matrix in (3, 8, 10, 14):
+            write_grey(tmp_path / "x.mp4", 0.5, transfer, matrix)
+            account = worker.run(str(tmp_path / "x.mp4"), "ab" * 10, str(tmp_path), cut, {})["account"]
+            reasons[transfer, matrix] = account["reason"]
+            assert account["reason"] is None or f"matrix {matrix} of H.273" in account["detail"]
+    worker.close()
+    assert reasons == {(t, m): None if m in (3, 10) else "unreadable" for t in (1, 16) for m in (3, 8, 10, 14)}
 
 
 @pytest.mark.parametrize("transfer", [16, 18])

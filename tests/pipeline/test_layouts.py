@@ -12,7 +12,7 @@ import pytest
 import webdataset
 from exported import half, invoke, mp4_of, read_manifest, rows_of
 
-from longtake.datasets import index, schema, storage
+from longtake.datasets import index, later, schema, storage
 from longtake.datasets.errors import UserError
 from longtake.pipeline import layouts
 from longtake.pipeline.layouts import chosen
@@ -62,6 +62,22 @@ def test_an_export_goes_on_where_it_was_stopped_and_into_no_folder_of_another(ow
         url, _ = half(own)
         with pytest.raises(UserError, match="has something else in it; name a new folder"):
             chosen.write(chosen.choose(own, url, None), layout, str(part))
+
+
+def test_an_export_with_labels_of_before_is_another_one(own: str, tmp_path: Path) -> None:
+    row = next(row for row in rows_of(own).values() if row["split"] == "train")
+    out, selection = str(tmp_path / "out"), chosen.choose(own, None, None)
+    exported.stop_at(7, selection, "webdataset", out)
+
+    def correct(**columns: str) -> None:
+        changed = {"source": row["source"], "uri": "x", "extra": json.dumps(columns)}
+        later.write(own, "train", row["shard"], [changed])
+
+    correct(caption="which no export has")
+    chosen.write(chosen.choose(own, None, None), "webdataset", out)
+    correct(label="new")
+    with pytest.raises(UserError, match="has something else in it; name a new folder"):
+        chosen.write(chosen.choose(own, None, None), "webdataset", out)
 
 
 def test_huggingface_reads_the_folder_and_it_is_sources_again(own: str, tmp_path: Path) -> None:

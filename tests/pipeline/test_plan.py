@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from longtake.datasets import annotations, schema
-from longtake.pipeline import plan
+from longtake.datasets.errors import Failure
+from longtake.pipeline import buckets, plan
 
 identities = st.lists(st.text("0123456789abcdef", min_size=20, max_size=20), min_size=1, max_size=40)
 FIRST = {"train": 0, "val": 0}
@@ -139,8 +140,8 @@ def test_many_rows_are_planned_as_few_are_and_growth_appends(tmp_path: Path, mon
         return plan_rows(str(tmp_path / name))
 
     whole = planned("whole")
-    for name, size in (("_ROWS_AT_ONCE", 64), ("_ROWS_A_ROW_GROUP", 16)):
-        monkeypatch.setattr(plan, name, size)
+    monkeypatch.setattr(buckets, "_ROWS_AT_ONCE", 64)
+    monkeypatch.setattr(plan, "_ROWS_A_ROW_GROUP", 16)
     assert planned("parts") == whole
     assert sorted(r["uri"] for r in whole) == sorted(r["uri"] for r in rows)
     assert all(json.loads(r["extra"]) == {"caption": r["uri"][7:-4]} for r in whole)
@@ -270,3 +271,30 @@ def test_a_store_that_fails_is_not_taken_for_one_without_the_plan(
     monkeypatch.setattr("time.sleep", lambda _: None)
     monkeypatch.setattr(Failing, "refusals", refusals)
     assert [row["bytes"] for row in plan.sources_of("failing:///refusing", group)] == [1]
+
+
+def test_a_plan_that_is_missing_is_not_made_anew(tmp_path: Path) -> None:
+    """It would give the numbers of shards to other sources."""
+
+    def planned() -> list[dict[str, Any]]:
+        return plan.plan(str(tmp_path / "ds"), [f"{tmp_path}/*.mp4"], 0, 1000, 3)
+
+    for n in range(2):
+        (tmp_path / f"{n}.mp4").write_bytes(bytes([n]))
+        planned()
+    first, second = (tmp_path / "ds" / "plan" / f"0000{n}.parquet" for n in range(2))
+    kept = first.read_bytes()
+    first.unlink()
+    with pytest.raises(Failure, match=r"plan/00000\.parquet: is missing; bring the plan back from a copy"):
+        planned()
+    first.write_bytes(b"PAR1")
+    with pytest.raises(Failure, match=r"plan/00000\.parquet: not a readable plan .*; bring the plan back"):
+        planned()
+    first.write_bytes(kept)
+    (tmp_path / "ds" / "train").mkdir()
+    (tmp_path / "ds" / "train" / "00001.parquet").touch()
+    planned()
+    second.unlink()
+    with pytest.raises(Failure, match=r"no plan has the groups of 1 shards, such as train/00001; bring the plan back"):
+        planned()
+    assert not second.exists()

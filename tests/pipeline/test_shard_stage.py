@@ -91,6 +91,32 @@ def test_new_sources_append_and_move_nothing(footage: Path, tmp_path: Path) -> N
     assert [(r["reason"], Path(r["uri"]).name) for r in rejected] == [("duplicate", "the same under another name.mp4")]
 
 
+@pytest.mark.parametrize("committed", [True, False])
+def test_another_driver_that_lists_more_disturbs_no_account(
+    footage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, committed: bool
+) -> None:
+    paths, videos, output = sorted(footage.glob("*.mp4")), tmp_path / "videos", str(tmp_path / "out")
+    videos.mkdir()
+    shutil.copy(paths[0], videos)
+    mine = config(videos)
+
+    def make(_: Any, output: str, missing: Any) -> None:
+        """All groups, and one that the other driver has committed, or is about to, when this one counts."""
+        for group in missing:
+            assert not make_group(group, sources_of(output, group), output, mine.cut)["error"]
+        shutil.copy(paths[1], videos)
+        planned = shard.plan(output, mine.sources, mine.val_fraction, mine.group_bytes, mine.group_sources)
+        (group,) = shard.missing_groups(output, planned)
+        assert not make_group(group, sources_of(output, group), output, mine.cut)["error"]
+        if not committed:
+            Path(output, group["split"], f"{group['group']:05d}.parquet").unlink()
+
+    monkeypatch.setattr(shard, "_make", make)
+    metrics = shard.run(mine, {}, output)["metrics"]
+    assert metrics["sources"] == metrics["shards"] == (2 if committed else 1)
+    assert metrics["clips"] == metrics["clips_cut"] >= metrics.get("clips_with_sound", 0)
+
+
 def test_a_folder_of_broken_files_is_one_line_and_each_has_its_row(tmp_path: Path) -> None:
     videos = tmp_path / "videos"
     videos.mkdir()
