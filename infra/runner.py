@@ -20,6 +20,8 @@ from longtake.infra.recipe import Recipe
 from longtake.infra.runs import Runs
 from longtake.training.config import TrainConfig
 
+_STOPPED = 130  # exit code of a stage that was stopped after saving its state
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -109,9 +111,9 @@ def run(recipe: Recipe, choice: Choice, say: Callable[[str], None]) -> Path | No
                 say(f"{node.name}: {'running' if todo[node.name] else 'reused'}")
                 if todo[node.name]:
                     _run_process(resolved, node, parent, fresh=choice.force or choice.start is not None)
-                    if finished(node, store) is None:
-                        # stopped by a signal, it saved its state and exited with 0
-                        raise Interrupted
+                    done, loss = _finished_or_lost(node, store)
+                    if done is None:
+                        raise Failure(f"stage {node.name}: {loss or 'has no finished run'}; run the same command again")
     except (UserError, Failure, Interrupted) as e:
         store.end(parent, "KILLED" if isinstance(e, Interrupted) else "FAILED", str(e))
         raise
@@ -133,7 +135,9 @@ class StageEnded(Failure):
 
 def _run_process(recipe: str, node: Node, parent: str, fresh: bool) -> None:
     command = [sys.executable, "-P", "-m", "longtake.infra.cli", "stage", recipe, node.name, "--parent", parent]
-    child = subprocess.Popen([*command, *(["--force"] if fresh else [])])
+    # 0 then means that it has finished: an earlier run of the stage is no sign of that
+    stopped = {"LONGTAKE_STOPPED_CODE": str(_STOPPED)}
+    child = subprocess.Popen([*command, *(["--force"] if fresh else [])], env=os.environ | stopped)
     stopping = False
 
     def stop(*_: Any) -> None:
@@ -152,7 +156,7 @@ def _run_process(recipe: str, node: Node, parent: str, fresh: bool) -> None:
                 stopping = True
     finally:
         signal.signal(signal.SIGTERM, previous)
-    if code in (130, 143) or (stopping and code == 0):
+    if code in (_STOPPED, 143) or (stopping and code == 0):
         # its process has printed that it was stopped
         raise Interrupted
     if code < 0:

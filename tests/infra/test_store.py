@@ -276,7 +276,7 @@ def test_a_stage_that_the_system_kills_is_told_though_it_could_not_say_why(monke
     start = subprocess.Popen
     node: Any = type("N", (), {"name": "vae"})
     code = f"import os; os.kill(os.getpid(), {int(signal.SIGKILL)})"
-    monkeypatch.setattr(runner.subprocess, "Popen", lambda command: start([sys.executable, "-c", code]))
+    monkeypatch.setattr(runner.subprocess, "Popen", lambda command, env: start([sys.executable, "-c", code]))
     with pytest.raises(Failure, match="stage vae: its process was killed by signal 9, perhaps for want of memory"):
         runner._run_process("r.yaml", node, "0", fresh=False)
 

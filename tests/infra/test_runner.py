@@ -1,0 +1,85 @@
+"""What is noted of runs that are stopped, of two at once, and of those that are resumed; and which runs a report shows."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from longtake.datasets.errors import Interrupted
+from longtake.infra import cli, graph, recipe, runner, runs
+from longtake.infra.graph import Node
+from longtake.infra.recipe import Recipe
+from longtake.infra.runs import Runs
+
+pytestmark = pytest.mark.usefixtures("own_store")
+VAE = {
+    "kind": "pretrain_vae", "phase": "image", "dataset": "s3://lake/clips", "model": {"preset": "pv_vae_tiny"},
+    "sizes": [[32, 32]], "lambda_gan": 0,
+}  # fmt: skip
+
+
+class Workspace:
+    """A recipe whose stages are run by hand: their traces in MLflow, without the work."""
+
+    def __init__(self, folder: Path, stages: dict[str, Any]) -> None:
+        self.folder = folder
+        self.path = folder / "r.yaml"
+        self.path.write_text(yaml.safe_dump({"name": "kept", "workspace": str(folder / "ws"), "stages": stages}))
+
+    def open(self, *overrides: str) -> tuple[Recipe, dict[str, Node], Runs]:
+        loaded = graph.pin(recipe.load(str(self.path), overrides))
+        return loaded, {node.name: node for node in graph.build(loaded)}, runs.connect(loaded)
+
+    def ran(self, stage: str, uri: str, *overrides: str) -> str:
+        """A finished run of a stage; its id."""
+        _, nodes, store = self.open(*overrides)
+        run, _ = store.open(nodes[stage], None)
+        store.finish(run, {"uri": uri})
+        return run
+
+    def registered(self) -> str:
+        """A version of a model; its URI."""
+        _, _, store = self.open()
+        store.client.create_registered_model("pv-vae")
+        (self.folder / "model").mkdir()
+        store.client.create_model_version("pv-vae", str(self.folder / "model"))
+        return "models:/pv-vae/1"
+
+    def status(self, *overrides: str) -> str:
+        """The status of the whole recipe's run."""
+        _, nodes, store = self.open(*overrides)
+        run = store.find(graph.whole_fingerprint(list(nodes.values())))
+        assert run
+        return run.status
+
+    def says(self, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+        capsys.readouterr()
+        assert cli.exit_code(lambda: cli.cli([*arguments, str(self.path)], standalone_mode=False)) == 0
+        return capsys.readouterr().out
+
+
+@pytest.fixture
+def here(tmp_path: Path, with_store: Callable[[Path], None]) -> Workspace:
+    with_store(tmp_path / "ws")
+    return Workspace(tmp_path, {"vae": VAE})
+
+
+def test_a_stage_that_is_stopped_when_it_is_made_again_is_not_taken_for_its_run_from_before(
+    here: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here.ran("vae", here.registered())
+    loaded, _, _ = here.open()
+    start = subprocess.Popen
+    # as `longtake` ends that was stopped and has saved its state
+    stopped = "import os, sys; sys.exit(int(os.environ.get('LONGTAKE_STOPPED_CODE', '0')))"
+    monkeypatch.delenv("LONGTAKE_STOPPED_CODE", raising=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(runner.subprocess, "Popen", lambda _, **more: start([sys.executable, "-c", stopped], **more))
+        with pytest.raises(Interrupted):
+            runner.run(loaded, runner.Choice(start="vae"), print)
+    assert here.status() == "KILLED" and "LONGTAKE_STOPPED_CODE" not in os.environ
