@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from longtake.datasets import storage
-from longtake.datasets.errors import Failure, Interrupted, UserError
+from longtake.datasets.errors import Busy, Failure, Interrupted, UserError
 from longtake.datasets.masking import shown
 from longtake.infra import graph, runs, stages
 from longtake.infra.graph import Node
@@ -177,6 +177,7 @@ class _Start(NamedTuple):
     product: str  # URI of a finished run's product, which is reused; empty if the stage runs
     run_id: str = ""
     output: str = ""
+    found_running: bool = False  # the run, which another process may be at
 
 
 def run_stage(recipe: Recipe, name: str, parent: str | None = None, fresh: bool = False) -> dict[str, Any]:
@@ -216,7 +217,8 @@ def run_stage(recipe: Recipe, name: str, parent: str | None = None, fresh: bool 
             with storage.failing_clearly(start.output):
                 result: dict[str, Any] = stage.run(node.config, start.inputs, start.output)
     except BaseException as e:
-        if store and start:
+        # a run that another process is at is that one's to end
+        if store and start and not (start.found_running and isinstance(e, Busy)):
             stopped = isinstance(e, Interrupted | KeyboardInterrupt | SystemExit)
             # an interrupt says nothing itself
             why = f"{type(e).__name__}: {e}" if str(e) or not stopped else "stopped by a signal"
@@ -248,7 +250,9 @@ def _begin(recipe: Recipe, nodes: list[Node], node: Node, store: Runs, parent: s
     reusable = finished(node, store)
     if reusable and not fresh:
         return _Start(inputs, reusable.uri)
-    return _Start(inputs, "", *store.open(node, parent, fresh))
+    found = None if fresh else store.find(node.fingerprint)
+    running = found is not None and found.status == "RUNNING"
+    return _Start(inputs, "", *store.open(node, parent, fresh), running)
 
 
 def make_report(recipe: Recipe, nodes: list[Node], store: Runs, parent: str, reused: set[str]) -> Path:

@@ -1,5 +1,6 @@
 """What is noted of runs that are stopped, of two at once, and of those that are resumed; and which runs a report shows."""
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from longtake.datasets.errors import Interrupted
+from longtake.datasets.errors import Interrupted, UserError
 from longtake.infra import cli, graph, recipe, runner, runs
 from longtake.infra.graph import Node
 from longtake.infra.recipe import Recipe
@@ -83,3 +84,28 @@ def test_a_stage_that_is_stopped_when_it_is_made_again_is_not_taken_for_its_run_
         with pytest.raises(Interrupted):
             runner.run(loaded, runner.Choice(start="vae"), print)
     assert here.status() == "KILLED" and "LONGTAKE_STOPPED_CODE" not in os.environ
+
+
+def test_a_second_start_leaves_the_run_to_the_process_that_is_at_it(here: Workspace) -> None:
+    loaded, nodes, store = here.open()
+    run, output = store.open(nodes["vae"], None)
+    folder = Path(output) / "checkpoints"
+    folder.mkdir(parents=True)
+    with (folder / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="is training here already"):
+            runner.run_stage(loaded, "vae")
+    assert store.client.get_run(run).info.status == "RUNNING"
+
+
+def test_a_run_that_finds_its_folder_busy_by_another_one_has_failed(here: Workspace) -> None:
+    """As by the same training under another name."""
+    loaded, nodes, store = here.open()
+    folder = Path(nodes["vae"].output) / "checkpoints"
+    folder.mkdir(parents=True)
+    with (folder / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="is training here already"):
+            runner.run_stage(loaded, "vae")
+    found = store.find(nodes["vae"].fingerprint)
+    assert found and found.status == "FAILED"
