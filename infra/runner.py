@@ -275,8 +275,11 @@ def make_report(recipe: Recipe, nodes: list[Node], store: Runs, parent: str, reu
                     )
                 )  # fmt: skip
         uris = {stages.load(s.kind).PRODUCES: s.uri for s in stage_runs if s.uri}
+        view = uris.get("view")
+        # of several datasets the one whose clips the view keeps
+        dataset = view.rpartition("/views/")[0] if view else uris.get("dataset")
         local = Path(recipe.workspace) if storage.is_local(recipe.workspace) else Path(scratch) / "report"
-        path = report.build(local, recipe.name, stage_runs, uris.get("dataset"), uris.get("view"), store.tracking_uri)
+        path = report.build(local, recipe.name, stage_runs, dataset, view, store.tracking_uri)
         store.client.log_artifact(parent, str(path))
         store.client.log_artifacts(parent, str(local / "pictures"), "pictures")
         if not storage.is_local(recipe.workspace):

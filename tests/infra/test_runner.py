@@ -109,3 +109,18 @@ def test_a_run_that_finds_its_folder_busy_by_another_one_has_failed(here: Worksp
             runner.run_stage(loaded, "vae")
     found = store.find(nodes["vae"].fingerprint)
     assert found and found.status == "FAILED"
+
+
+def test_a_report_is_of_the_dataset_that_its_view_is_of(
+    tmp_path: Path, with_store: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_store(tmp_path / "ws")
+    (tmp_path / "a.mp4").write_bytes(b"1")
+    shards = {"kind": "shard", "sources": [str(tmp_path / "a.mp4")]}
+    view = {"kind": "curate", "dataset": "first"}
+    here = Workspace(tmp_path, {"first": shards, "view": view, "second": shards | {"group_sources": 7}})
+    for stage, uri in (("first", "one"), ("view", "one/views/v.parquet"), ("second", "two")):
+        here.ran(stage, f"{tmp_path}/{uri}")
+    here.says(capsys, "report")
+    text = (tmp_path / "ws" / "report.html").read_text()
+    assert f"{tmp_path}/one: no dataset" in text and f"{tmp_path}/two: no dataset" not in text
