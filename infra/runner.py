@@ -1,5 +1,7 @@
 """Run a recipe's graph on this machine: one process a stage, finished stages reused, the report at the end."""
 
+import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -21,6 +23,7 @@ from longtake.infra.runs import Runs
 from longtake.training.config import TrainConfig
 
 _STOPPED = 130  # exit code of a stage that was stopped after saving its state
+_HEAD = 4096  # characters of a report that have its mark
 
 
 @dataclass(frozen=True)
@@ -93,10 +96,10 @@ def run(recipe: Recipe, choice: Choice, say: Callable[[str], None]) -> Path | No
     todo = plan(recipe, nodes, store, choice)
     check_observers([node for node in nodes if todo.get(node.name)])
 
-    # nothing to do, and the report is of exactly these stages
+    # nothing to do, and the report shows exactly these runs
     whole = graph.whole_fingerprint([n for n in nodes if n.name in todo])
     report = Path(recipe.workspace) / "report.html" if storage.is_local(recipe.workspace) and not choice.only else None
-    if not any(todo.values()) and report and report.exists() and store.finished(whole):
+    if not any(todo.values()) and report and store.finished(whole) and _shows(report, _mark(nodes, store)):
         for name in todo:
             say(f"{name}: reused")
         return report
@@ -255,10 +258,26 @@ def _begin(recipe: Recipe, nodes: list[Node], node: Node, store: Runs, parent: s
     return _Start(inputs, "", *store.open(node, parent, fresh), running)
 
 
+def _mark(nodes: list[Node], store: Runs) -> str:
+    """The mark of a report that shows the finished runs of these stages."""
+    finished = [(node.name, run.id) for node in nodes if (run := store.finished(node.fingerprint))]
+    return hashlib.sha256(json.dumps(finished).encode()).hexdigest()
+
+
+def _shows(report: Path, mark: str) -> bool:
+    """Whether a report has this mark in its head."""
+    if not report.exists():
+        return False
+    with report.open(errors="replace") as page:
+        return mark in page.read(_HEAD)
+
+
 def make_report(recipe: Recipe, nodes: list[Node], store: Runs, parent: str, reused: set[str]) -> Path:
     """Write report.html and its pictures from the runs in MLflow, and log both to the recipe's run."""
     from longtake.infra import report
 
+    # before the runs are read: one that ends meanwhile makes another report
+    mark = _mark(nodes, store)
     with tempfile.TemporaryDirectory() as scratch:
         stage_runs = []
         for node in nodes:
@@ -279,7 +298,7 @@ def make_report(recipe: Recipe, nodes: list[Node], store: Runs, parent: str, reu
         # of several datasets the one whose clips the view keeps
         dataset = view.rpartition("/views/")[0] if view else uris.get("dataset")
         local = Path(recipe.workspace) if storage.is_local(recipe.workspace) else Path(scratch) / "report"
-        path = report.build(local, recipe.name, stage_runs, dataset, view, store.tracking_uri)
+        path = report.build(local, recipe.name, stage_runs, dataset, view, store.tracking_uri, mark)
         store.client.log_artifact(parent, str(path))
         store.client.log_artifacts(parent, str(local / "pictures"), "pictures")
         if not storage.is_local(recipe.workspace):

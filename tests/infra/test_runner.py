@@ -111,6 +111,23 @@ def test_a_run_that_finds_its_folder_busy_by_another_one_has_failed(here: Worksp
     assert found and found.status == "FAILED"
 
 
+def test_a_run_with_nothing_to_do_shows_its_own_report(here: Workspace) -> None:
+    model, other = here.registered(), "stages.vae.steps=7"
+    ids = [here.ran("vae", model), here.ran("vae", model, other)]
+    page = here.folder / "ws" / "report.html"
+
+    def shown(*overrides: str) -> list[bool]:
+        loaded, _, _ = here.open(*overrides)
+        assert runner.run(loaded, runner.Choice(), print) == page
+        return [run in page.read_text() for run in ids]
+
+    assert shown() == [True, False]
+    made = page.read_bytes()
+    assert shown() == [True, False] and page.read_bytes() == made, "it is there already"
+    assert shown(other) == [False, True]
+    assert shown() == [True, False]
+
+
 def test_a_report_is_of_the_dataset_that_its_view_is_of(
     tmp_path: Path, with_store: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
 ) -> None:

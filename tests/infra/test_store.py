@@ -70,7 +70,7 @@ def test_a_run_with_nothing_to_do_starts_no_engine_and_no_client(
     assert (location / "model").is_dir()
     parent = store.open_parent(pinned, graph.whole_fingerprint(nodes))
     store.finish(parent, {"uri": "report.html"})
-    (tmp_path / "ws" / "report.html").write_text("")
+    (tmp_path / "ws" / "report.html").write_text(runner._mark(nodes, store))
     script = (
         "import sys; from longtake.infra.cli import cli; cli(['run', sys.argv[1]], standalone_mode=False)\n"
         "heavy = {'mlflow', 'sqlalchemy', 'deepspeed', 'ray', 'pandas', 'torch._dynamo'} & set(sys.modules)\n"
