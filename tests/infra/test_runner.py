@@ -4,6 +4,7 @@ import fcntl
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -141,3 +142,19 @@ def test_a_report_is_of_the_dataset_that_its_view_is_of(
     here.says(capsys, "report")
     text = (tmp_path / "ws" / "report.html").read_text()
     assert f"{tmp_path}/one: no dataset" in text and f"{tmp_path}/two: no dataset" not in text
+
+
+def test_of_a_run_that_goes_on_neither_its_stop_nor_its_old_error_is_told(
+    here: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, nodes, store = here.open()
+    run, _ = store.open(nodes["vae"], None)
+    store.end(run, "FAILED", "the disk was full")
+    assert "the disk was full" in here.says(capsys, "status")
+    store.open(nodes["vae"], None)
+    assert "the disk was full" not in here.says(capsys, "status")
+    later = time.time() + 3600
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.time, "time", lambda: later)
+        found = store.find(nodes["vae"].fingerprint)
+    assert found and found.status == "RUNNING" and found.seconds > 3590
