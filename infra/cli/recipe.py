@@ -157,11 +157,22 @@ def stage(recipe: str, name: str, overrides: tuple[str, ...], parent: str | None
 @click.command()
 @recipe_argument
 @set_option
-@click.option("--json", "as_json", is_flag=True, help="The whole graph as JSON, for schedulers.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="The whole graph as JSON, for schedulers; of overrides it takes those of `deploy`.",
+)
 def graph(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Show the stages of RECIPE, their inputs and order."""
+    from longtake.datasets.errors import UserError
     from longtake.infra import graph as graphs
 
+    for override in overrides if as_json else ():
+        if not override.startswith("deploy."):
+            raise UserError(
+                f"--set {override}: a scheduler resolves {recipe} anew, without it; write a recipe that has it and `base: {recipe}`"
+            )
     loaded = load_pinned(recipe, overrides)
     nodes = graphs.build(loaded)
     if as_json:
