@@ -247,7 +247,15 @@ def report(recipe: str, overrides: tuple[str, ...]) -> None:
     loaded = load_pinned(recipe, overrides)
     nodes = graphs.build(loaded)
     store = runs.connect(loaded)
-    parent = store.open_parent(loaded, graphs.whole_fingerprint(nodes))
+    whole = graphs.whole_fingerprint(nodes)
+    before = store.find(whole)
+    parent = store.open_parent(loaded, whole)
     path = runner.make_report(loaded, nodes, store, parent, reused=set())
-    store.finish(parent, {"uri": str(path)})
+    stages = {node.name: store.find(node.fingerprint) for node in nodes}
+    unfinished = {name: run for name, run in stages.items() if run is None or run.status != "FINISHED"}
+    if not unfinished:
+        store.finish(parent, {"uri": str(path)})
+    elif before is None or before.status != "RUNNING":
+        failed = "FAILED" in {run.status for run in (before, *unfinished.values()) if run}
+        store.end(parent, "FAILED" if failed else "KILLED", f"not finished: {', '.join(unfinished)}")
     click.echo(str(path))

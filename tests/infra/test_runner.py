@@ -129,6 +129,31 @@ def test_a_run_with_nothing_to_do_shows_its_own_report(here: Workspace) -> None:
     assert shown() == [True, False]
 
 
+def test_a_report_from_halfway_ends_no_recipe_and_is_made_again_at_the_end(
+    tmp_path: Path, with_store: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_store(tmp_path / "ws")
+    stages: dict[str, Any] = {"vae": VAE, "next": {**VAE, "parent": "vae", "seed": 1}}
+    del stages["next"]["model"]
+    here = Workspace(tmp_path, stages)
+    model = here.registered()
+    first = here.ran("vae", model)
+    here.says(capsys, "report")
+    page = tmp_path / "ws" / "report.html"
+    assert here.status() == "KILLED" and first in page.read_text()
+    loaded, nodes, store = here.open()
+    run, _ = store.open(nodes["next"], None)
+    store.end(run, "FAILED", "no luck")
+    here.says(capsys, "report")
+    assert here.status() == "FAILED"
+    store.open_parent(loaded, graph.whole_fingerprint(list(nodes.values())))
+    here.says(capsys, "report")
+    assert here.status() == "RUNNING", "another process is at it"
+    second = here.ran("next", model)
+    here.says(capsys, "run")
+    assert here.status() == "FINISHED" and second in page.read_text()
+
+
 def test_a_report_is_of_the_dataset_that_its_view_is_of(
     tmp_path: Path, with_store: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
