@@ -64,7 +64,7 @@ def find(
         nodes: the recipe's graph as it is now. What these stages have made, or would resume, stays.
         older: seconds since the last change of debris, at least.
     """
-    past = _past_runs(store, f"tags.`longtake.output` LIKE '{recipe.workspace.partition(chr(39))[0]}/%'")
+    past = _past_runs(store, f"tags.`longtake.output` LIKE '{recipe.workspace.partition(chr(39))[0]}%'")
     past = [run for run in past if run.output.startswith(f"{recipe.workspace}/")]
     finders: dict[str, Callable[[], Finds]] = {
         "checkpoints": lambda: _checkpoints(nodes, store, past),

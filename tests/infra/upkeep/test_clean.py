@@ -212,6 +212,15 @@ def test_links_are_not_followed(here: Workspace) -> None:
     before = tree(outside)
     assert not here.find()[0]
     assert tree(outside) == before
+def test_a_workspace_with_an_apostrophe_in_its_path_loses_the_same(
+    tmp_path: Path, with_store: Callable[[Path], None]
+) -> None:
+    with_store(tmp_path / "it's" / "ws")
+    here = Workspace(tmp_path / "it's", f"{tmp_path}/it's/ws")
+    here.ran("vae", "FINISHED", steps=2)
+    assert [Path(item.paths[-1]).name for item in here.find()[0].values()] == ["step-00000001"]
+
+
 
 
 def test_debris_goes_when_its_writer_is_dead_and_it_is_old(here: Workspace) -> None:
