@@ -10,6 +10,10 @@ class UserError(ValueError):
     """A mistake that the user can put right: names the file or key and the remedy. Exit code 2."""
 
 
+class Busy(UserError):
+    """Another process is at this very work."""
+
+
 def not_installed(package: str, extra: str, key: str = "") -> UserError:
     """What to say where a package of an extra is missing, and perhaps the setting that asks for it."""
     return UserError(f"{key}{key and ': '}{package} is not installed; pip install 'longtake[{extra}]'")

@@ -10,6 +10,7 @@ It may also have
   since, or can read now; empty where there are none;
 - `complete(uri) -> bool`: whether its output is still complete; if not it runs again and makes the missing parts;
 - `warnings(config) -> list[str]`: "KEY: why" for settings that are allowed and rarely meant;
+- `task(config) -> TaskConfig`: what one of its Ray tasks asks for, where its `run` leaves that open;
 - `check(config, inputs)`: raises ValueError("KEY: why") where its config does not fit the configs of the stages that
   make its inputs.
 """

@@ -19,7 +19,7 @@ class KubeRay(StageConfig):
     cpus              of a worker
     memory            of a worker
     custom            custom resources that every worker offers to Ray
-    gpu_workers       pods with GPUs; null: as many as the stages need at once
+    gpu_workers       pods with GPUs, where a stage may use one; null: as many as the stages need at once
     gpus              of a pod with GPUs
     gpu_cpus          of a pod with GPUs
     gpu_memory        of a pod with GPUs

@@ -73,12 +73,21 @@ def builtin() -> list[str]:
     return sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml"))
 
 
-def _find(path: str) -> str:
-    if storage.exists(path):
-        return path
-    if path in builtin():
-        return str(resources.files("longtake.infra.recipes") / f"{path}.yaml")
-    raise UserError(f"{path}: no such recipe file, and no recipe of the package ({', '.join(builtin())})")
+def _find(name: str, *before: str) -> str:
+    """The file of a recipe: at the first of these places, else at the name itself, else the package's own."""
+    packaged = name in builtin()
+    for place in (*before, name):
+        # a folder that is called as a recipe of the package, such as `scores`, does not hide it
+        if storage.exists(place) and not (packaged and _is_folder(place)):
+            return place
+    if packaged:
+        return str(resources.files("longtake.infra.recipes") / f"{name}.yaml")
+    raise UserError(f"{name}: no such recipe file, and no recipe of the package ({', '.join(builtin())})")
+
+
+def _is_folder(url: str) -> bool:
+    fs, path = storage.filesystem(url)
+    return bool(storage.retrying(url, lambda: fs.isdir(path)))
 
 
 def _merge_bases(path: str, seen: tuple[str, ...]) -> dict[str, Any]:
@@ -99,7 +108,7 @@ def _merge_bases(path: str, seen: tuple[str, ...]) -> dict[str, Any]:
         raise UserError(f"{path}: base: must be the name of another recipe file")
     folder = path.rpartition("/")[0] or "."
     beside = os.path.normpath(f"{folder}/{base}") if "://" not in path else storage.join(folder, base)
-    return _merge(_merge_bases(beside if storage.exists(beside) else _find(base), (*seen, path)), content)
+    return _merge(_merge_bases(_find(base, beside), (*seen, path)), content)
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

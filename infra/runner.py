@@ -1,5 +1,7 @@
 """Run a recipe's graph on this machine: one process a stage, finished stages reused, the report at the end."""
 
+import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -12,13 +14,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from longtake.datasets import storage
-from longtake.datasets.errors import Failure, Interrupted, UserError
+from longtake.datasets.errors import Busy, Failure, Interrupted, UserError
 from longtake.datasets.masking import shown
 from longtake.infra import graph, runs, stages
 from longtake.infra.graph import Node
 from longtake.infra.recipe import Recipe
 from longtake.infra.runs import Runs
 from longtake.training.config import TrainConfig
+
+_STOPPED = 130  # exit code of a stage that was stopped after saving its state
+_HEAD = 4096  # characters of a report that have its mark
 
 
 @dataclass(frozen=True)
@@ -91,10 +96,10 @@ def run(recipe: Recipe, choice: Choice, say: Callable[[str], None]) -> Path | No
     todo = plan(recipe, nodes, store, choice)
     check_observers([node for node in nodes if todo.get(node.name)])
 
-    # nothing to do, and the report is of exactly these stages
+    # nothing to do, and the report shows exactly these runs
     whole = graph.whole_fingerprint([n for n in nodes if n.name in todo])
     report = Path(recipe.workspace) / "report.html" if storage.is_local(recipe.workspace) and not choice.only else None
-    if not any(todo.values()) and report and report.exists() and store.finished(whole):
+    if not any(todo.values()) and report and store.finished(whole) and _shows(report, _mark(nodes, store)):
         for name in todo:
             say(f"{name}: reused")
         return report
@@ -109,9 +114,9 @@ def run(recipe: Recipe, choice: Choice, say: Callable[[str], None]) -> Path | No
                 say(f"{node.name}: {'running' if todo[node.name] else 'reused'}")
                 if todo[node.name]:
                     _run_process(resolved, node, parent, fresh=choice.force or choice.start is not None)
-                    if finished(node, store) is None:
-                        # stopped by a signal, it saved its state and exited with 0
-                        raise Interrupted
+                    done, loss = _finished_or_lost(node, store)
+                    if done is None:
+                        raise Failure(f"stage {node.name}: {loss or 'has no finished run'}; run the same command again")
     except (UserError, Failure, Interrupted) as e:
         store.end(parent, "KILLED" if isinstance(e, Interrupted) else "FAILED", str(e))
         raise
@@ -133,7 +138,9 @@ class StageEnded(Failure):
 
 def _run_process(recipe: str, node: Node, parent: str, fresh: bool) -> None:
     command = [sys.executable, "-P", "-m", "longtake.infra.cli", "stage", recipe, node.name, "--parent", parent]
-    child = subprocess.Popen([*command, *(["--force"] if fresh else [])])
+    # 0 then means that it has finished: an earlier run of the stage is no sign of that
+    stopped = {"LONGTAKE_STOPPED_CODE": str(_STOPPED)}
+    child = subprocess.Popen([*command, *(["--force"] if fresh else [])], env=os.environ | stopped)
     stopping = False
 
     def stop(*_: Any) -> None:
@@ -152,7 +159,7 @@ def _run_process(recipe: str, node: Node, parent: str, fresh: bool) -> None:
                 stopping = True
     finally:
         signal.signal(signal.SIGTERM, previous)
-    if code in (130, 143) or (stopping and code == 0):
+    if code in (_STOPPED, 143) or (stopping and code == 0):
         # its process has printed that it was stopped
         raise Interrupted
     if code < 0:
@@ -173,6 +180,7 @@ class _Start(NamedTuple):
     product: str  # URI of a finished run's product, which is reused; empty if the stage runs
     run_id: str = ""
     output: str = ""
+    found_running: bool = False  # the run, which another process may be at
 
 
 def run_stage(recipe: Recipe, name: str, parent: str | None = None, fresh: bool = False) -> dict[str, Any]:
@@ -212,7 +220,8 @@ def run_stage(recipe: Recipe, name: str, parent: str | None = None, fresh: bool 
             with storage.failing_clearly(start.output):
                 result: dict[str, Any] = stage.run(node.config, start.inputs, start.output)
     except BaseException as e:
-        if store and start:
+        # a run that another process is at is that one's to end
+        if store and start and not (start.found_running and isinstance(e, Busy)):
             stopped = isinstance(e, Interrupted | KeyboardInterrupt | SystemExit)
             # an interrupt says nothing itself
             why = f"{type(e).__name__}: {e}" if str(e) or not stopped else "stopped by a signal"
@@ -244,13 +253,31 @@ def _begin(recipe: Recipe, nodes: list[Node], node: Node, store: Runs, parent: s
     reusable = finished(node, store)
     if reusable and not fresh:
         return _Start(inputs, reusable.uri)
-    return _Start(inputs, "", *store.open(node, parent, fresh))
+    found = None if fresh else store.find(node.fingerprint)
+    running = found is not None and found.status == "RUNNING"
+    return _Start(inputs, "", *store.open(node, parent, fresh), running)
+
+
+def _mark(nodes: list[Node], store: Runs) -> str:
+    """The mark of a report that shows the finished runs of these stages."""
+    finished = [(node.name, run.id) for node in nodes if (run := store.finished(node.fingerprint))]
+    return hashlib.sha256(json.dumps(finished).encode()).hexdigest()
+
+
+def _shows(report: Path, mark: str) -> bool:
+    """Whether a report has this mark in its head."""
+    if not report.exists():
+        return False
+    with report.open(errors="replace") as page:
+        return mark in page.read(_HEAD)
 
 
 def make_report(recipe: Recipe, nodes: list[Node], store: Runs, parent: str, reused: set[str]) -> Path:
     """Write report.html and its pictures from the runs in MLflow, and log both to the recipe's run."""
     from longtake.infra import report
 
+    # before the runs are read: one that ends meanwhile makes another report
+    mark = _mark(nodes, store)
     with tempfile.TemporaryDirectory() as scratch:
         stage_runs = []
         for node in nodes:
@@ -267,8 +294,11 @@ def make_report(recipe: Recipe, nodes: list[Node], store: Runs, parent: str, reu
                     )
                 )  # fmt: skip
         uris = {stages.load(s.kind).PRODUCES: s.uri for s in stage_runs if s.uri}
+        view = uris.get("view")
+        # of several datasets the one whose clips the view keeps
+        dataset = view.rpartition("/views/")[0] if view else uris.get("dataset")
         local = Path(recipe.workspace) if storage.is_local(recipe.workspace) else Path(scratch) / "report"
-        path = report.build(local, recipe.name, stage_runs, uris.get("dataset"), uris.get("view"), store.tracking_uri)
+        path = report.build(local, recipe.name, stage_runs, dataset, view, store.tracking_uri, mark)
         store.client.log_artifact(parent, str(path))
         store.client.log_artifacts(parent, str(local / "pictures"), "pictures")
         if not storage.is_local(recipe.workspace):

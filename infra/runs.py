@@ -248,12 +248,14 @@ class _LateClient:
 
 
 def _run(run_id: str, status: str, start: int, end: int | None, tags: Mapping[str, str], workspace: str) -> Run:
-    seconds = ((end or time.time() * 1000) - start) / 1000
+    # MLflow keeps the end and the error of a run that was stopped and goes on
+    ended = status != "RUNNING"
+    seconds = (((end if ended else None) or time.time() * 1000) - start) / 1000
     output = tags.get(_OUTPUT, "")
     # an output is WORKSPACE/STAGE/DIGEST, and the workspace may have been moved since
     old_workspace = output.rsplit("/", 2)[0]
     output, uri = (storage.placed(url, old_workspace, workspace) for url in (output, tags.get(_URI, "")))
-    return Run(run_id, status, output, uri, seconds, tags.get(_ERROR, ""))
+    return Run(run_id, status, output, uri, seconds, tags.get(_ERROR, "") if ended else "")
 
 
 def params_of(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

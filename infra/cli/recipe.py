@@ -157,11 +157,22 @@ def stage(recipe: str, name: str, overrides: tuple[str, ...], parent: str | None
 @click.command()
 @recipe_argument
 @set_option
-@click.option("--json", "as_json", is_flag=True, help="The whole graph as JSON, for schedulers.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="The whole graph as JSON, for schedulers; of overrides it takes those of `deploy`.",
+)
 def graph(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Show the stages of RECIPE, their inputs and order."""
+    from longtake.datasets.errors import UserError
     from longtake.infra import graph as graphs
 
+    for override in overrides if as_json else ():
+        if not override.startswith("deploy."):
+            raise UserError(
+                f"--set {override}: a scheduler resolves {recipe} anew, without it; write a recipe that has it and `base: {recipe}`"
+            )
     loaded = load_pinned(recipe, overrides)
     nodes = graphs.build(loaded)
     if as_json:
@@ -236,7 +247,15 @@ def report(recipe: str, overrides: tuple[str, ...]) -> None:
     loaded = load_pinned(recipe, overrides)
     nodes = graphs.build(loaded)
     store = runs.connect(loaded)
-    parent = store.open_parent(loaded, graphs.whole_fingerprint(nodes))
+    whole = graphs.whole_fingerprint(nodes)
+    before = store.find(whole)
+    parent = store.open_parent(loaded, whole)
     path = runner.make_report(loaded, nodes, store, parent, reused=set())
-    store.finish(parent, {"uri": str(path)})
+    stages = {node.name: store.find(node.fingerprint) for node in nodes}
+    unfinished = {name: run for name, run in stages.items() if run is None or run.status != "FINISHED"}
+    if not unfinished:
+        store.finish(parent, {"uri": str(path)})
+    elif before is None or before.status != "RUNNING":
+        failed = "FAILED" in {run.status for run in (before, *unfinished.values()) if run}
+        store.end(parent, "FAILED" if failed else "KILLED", f"not finished: {', '.join(unfinished)}")
     click.echo(str(path))

@@ -18,10 +18,9 @@ import yaml
 from longtake.datasets import storage
 from longtake.datasets.errors import UserError
 from longtake.datasets.masking import shown
-from longtake.datasets.stage import RUN
 from longtake.infra import yaml_text
 from longtake.infra.cluster import submit
-from longtake.infra.deploy import Deploy
+from longtake.infra.graph import Node
 from longtake.infra.pods import KubeRay, bytes_of
 from longtake.infra.recipe import Recipe
 from longtake.training.config import LaunchConfig, TrainConfig
@@ -48,8 +47,8 @@ def render(recipe: Recipe, pods: KubeRay, stage: str | None = None) -> str:
             f"{recipe.path}: deploy.resources: a RayJob cannot choose its node by labels; use a custom resource, and"
             " deploy.kuberay.custom"
         )
-    gpu_workers = _gpu_workers(todo, deploy, pods)
-    shortages = submit.lacking(todo.nodes, deploy, _planned_nodes(pods, gpu_workers))
+    gpu_workers = _gpu_workers(todo, pods)
+    shortages = submit.lacking(todo.nodes, deploy, _planned_nodes(pods, gpu_workers), held=todo.resources)
     if shortages:
         raise UserError(f"{recipe.path}: {shortages[0]}; change deploy.kuberay, or what the stage asks for")
     name = re.sub(r"[^a-z0-9-]+", "-", todo.name.lower())
@@ -219,16 +218,25 @@ def _check_workspace(recipe: Recipe, pods: KubeRay) -> None:
         )
 
 
-def _gpu_workers(todo: submit.Work, deploy: Deploy, pods: KubeRay) -> int:
-    """The number of pods with GPUs at which every stage has all its GPUs at once."""
-    most = 0
-    for node in todo.nodes:
-        launcher = node.config.run.launcher if isinstance(node.config, TrainConfig) else LaunchConfig()
-        ranks = launcher.processes if launcher.by == "ray" and launcher.gpus else 0
-        ranks_a_pod = max(1, int(pods.gpus / launcher.gpus + 1e-6)) if ranks else 1
-        pods_of_stage = math.ceil(deploy.of(node.name).gpus / pods.gpus) + math.ceil(ranks / ranks_a_pod)
-        most = max(most, pods_of_stage, 1 if getattr(getattr(node.config, RUN, None), "gpus", None) else 0)
-    return max(pods.gpu_workers or most, most) if most else 0
+def _gpu_workers(todo: submit.Work, pods: KubeRay) -> int:
+    """The number of pods with GPUs at which every stage has all its GPUs at once, beside those that the job holds."""
+    held = math.ceil(todo.resources.gpus / pods.gpus)
+    ranks = max(_pods_of_ranks(node, pods) for node in todo.nodes)
+    tasks = [getattr(task, "gpus", 0) for node in todo.nodes if (task := submit.task_of(node))]
+    # a task of null has one where there are any
+    some = bool(held or ranks or pods.gpu_workers or any(tasks))
+    most = max((float(some) if gpus is None else gpus for gpus in tasks), default=0)
+    if not (held or ranks or most):
+        return 0
+    beside = 1 if most > held * pods.gpus - todo.resources.gpus else 0
+    return max(pods.gpu_workers or 0, held + max(ranks, beside))
+
+
+def _pods_of_ranks(node: Node, pods: KubeRay) -> int:
+    launcher = node.config.run.launcher if isinstance(node.config, TrainConfig) else LaunchConfig()
+    if launcher.by != "ray" or not launcher.gpus:
+        return 0
+    return math.ceil(launcher.processes / max(1, int(pods.gpus / launcher.gpus + 1e-6)))
 
 
 def _planned_nodes(pods: KubeRay, gpu_workers: int) -> list[dict[str, float]]:

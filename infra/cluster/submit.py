@@ -16,7 +16,7 @@ from typing import Any
 
 from longtake.datasets.errors import UserError
 from longtake.datasets.stage import RUN
-from longtake.infra import graph
+from longtake.infra import graph, stages
 from longtake.infra.cluster import jobs, wheel
 from longtake.infra.deploy import Deploy, Resources, environment
 from longtake.infra.graph import Node
@@ -93,27 +93,44 @@ def _largest(recipe: Recipe, names: Sequence[str]) -> Resources:
 
 
 def lacking(
-    nodes: Sequence[Node], deploy: Deploy, cluster: list[dict[str, float]], labels: list[dict[str, str]] | None = None
+    nodes: Sequence[Node],
+    deploy: Deploy,
+    cluster: list[dict[str, float]],
+    labels: list[dict[str, str]] | None = None,
+    held: Resources | None = None,
 ) -> list[str]:
     """The resources that stages ask for and a cluster lacks, in lines `stage NAME: KEY: what it needs and what there is`.
 
     Args:
         cluster: resources of each node, as `cluster_nodes` gives them.
         labels: labels of the same nodes, as `cluster_labels` gives them; None: labels are not checked.
+        held: what the job of these stages has for itself while each of them runs; None: of each what it asks for itself.
     """
-    shortages = []
+    shortages = {n.name: _no_room(f"deploy.resources.{n.name}", deploy.of(n.name), cluster, labels) for n in nodes}
+    if any(shortages.values()):
+        # no job could hold that
+        held = None
+    if held and (line := _no_room("deploy.resources", held, cluster, labels)):
+        return [f"{line}; the job of a whole recipe holds the most of all stages: submit them one by one with --stage"]
     for node in nodes:
-        resources = deploy.of(node.name)
-        key, own = f"deploy.resources.{node.name}", _bundle(resources)
-        shortage = (
-            _no_node_has(key, own, cluster)
-            or _no_node_is(f"{key}.labels", resources.labels, labels)
-            or _lacks_for_tasks(node, own, cluster)
-            or _lacks_for_ranks(node, own, cluster)
+        own = deploy.of(node.name)
+        whose = (
+            f"deploy.resources.{node.name}" if held in (None, own) else "the whole recipe (--stage submits one alone)"
         )
-        if shortage:
-            shortages.append(f"stage {node.name}: {shortage}")
-    return shortages
+        reserved = _bundle(held or own)
+        shortages[node.name] = (
+            shortages[node.name]
+            or _lacks_for_tasks(node, reserved, whose, cluster)
+            or _lacks_for_ranks(node, reserved, cluster)
+        )
+    return [f"stage {name}: {shortage}" for name, shortage in shortages.items() if shortage]
+
+
+def task_of(node: Node) -> TaskConfig | None:
+    """What a Ray task of a stage asks for; None where it has none. Its `gpus` of None are 1 if the cluster has any."""
+    module = stages.load(node.kind)
+    task = module.task(node.config) if hasattr(module, "task") else getattr(node.config, RUN, None)
+    return task if isinstance(task, TaskConfig) else None
 
 
 Bundle = dict[str, tuple[str, float]]  # key in the config -> (Ray's name of the resource, amount)
@@ -124,6 +141,12 @@ def _bundle(config: Any) -> Bundle:
     bundle |= {"memory_bytes": ("memory", getattr(config, "memory_bytes", 0))}
     bundle |= {f"custom.{name}": (name, amount) for name, amount in getattr(config, "custom", {}).items()}
     return {key: (name, amount) for key, (name, amount) in bundle.items() if amount}
+
+
+def _no_room(
+    where: str, asked: Resources, cluster: list[dict[str, float]], labels: list[dict[str, str]] | None
+) -> str | None:
+    return _no_node_has(where, _bundle(asked), cluster) or _no_node_is(f"{where}.labels", asked.labels, labels)
 
 
 def _no_node_has(where: str, bundle: Bundle, cluster: list[dict[str, float]]) -> str | None:
@@ -144,12 +167,14 @@ def _no_node_is(where: str, selectors: dict[str, str], labels: list[dict[str, st
     return f"{where}: no node of the cluster is {', '.join(f'{name}: {value}' for name, value in values.items())}"
 
 
-def _lacks_for_tasks(node: Node, own: Bundle, cluster: list[dict[str, float]]) -> str | None:
-    """The resources that the Ray tasks of a stage lack, beside its own process."""
-    task = getattr(node.config, RUN, None)
-    if not isinstance(task, TaskConfig):
+def _lacks_for_tasks(node: Node, own: Bundle, whose: str, cluster: list[dict[str, float]]) -> str | None:
+    """The resources that the Ray tasks of a stage lack, beside the process that has its own."""
+    task = task_of(node)
+    if task is None:
         return None
     bundle = _bundle(task)
+    if getattr(task, "gpus", 0) is None and any(n.get("GPU") for n in cluster):
+        bundle["gpus"] = ("GPU", 1.0)
     where = f"stages.{node.name}.{RUN}"
     if shortage := _no_node_has(where, bundle, cluster):
         return shortage
@@ -158,7 +183,7 @@ def _lacks_for_tasks(node: Node, own: Bundle, cluster: list[dict[str, float]]) -
         needed, total = amount + reserved.get(name, 0), sum(n.get(name, 0) for n in cluster)
         if needed > total:
             return (
-                f"{where}.{key}: a task and the process of deploy.resources.{node.name} need {needed:g} {name} together,"
+                f"{where}.{key}: a task and the process of {whose} need {needed:g} {name} together,"
                 f" the cluster has {total:g}"
             )
     return None
@@ -207,7 +232,8 @@ def submit(client: Any, recipe: Recipe, stage: str | None, force: bool = False, 
         return Submitted(latest.submission_id, "done", "has done this work already")
     if check:
         address = client.get_address()
-        shortages = lacking(todo.nodes, recipe.deploy, jobs.cluster_nodes(address), jobs.cluster_labels(address))
+        cluster, labels = jobs.cluster_nodes(address), jobs.cluster_labels(address)
+        shortages = lacking(todo.nodes, recipe.deploy, cluster, labels, todo.resources)
         if shortages:
             more = f" (and {len(shortages) - 1} more)" if len(shortages) > 1 else ""
             raise UserError(

@@ -29,13 +29,20 @@ _UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud
 
 
 def build(
-    folder: Path, recipe: str, stages: Sequence[StageRun], dataset: str | None, view: str | None, tracking_uri: str
+    folder: Path,
+    recipe: str,
+    stages: Sequence[StageRun],
+    dataset: str | None,
+    view: str | None,
+    tracking_uri: str,
+    mark: str = "",
 ) -> Path:
     """Write `folder/report.html` and `folder/pictures/`; the same inputs give the same bytes, but for the time.
 
     Args:
         stages: the recipe's stages in order; may be empty.
         dataset, view: URLs; None if the recipe has none yet.
+        mark: a word in the page's head, by which it is known again.
 
     Returns:
         The path of the page.
@@ -54,6 +61,7 @@ def build(
         galleries=galleries(stages, pictures),
         boards=[leaderboard(name, place, pictures) for name, place in _evaluations(stages)],
         stages=stages,
+        mark=mark,
     )
     return _save(folder, page)
 
@@ -149,7 +157,7 @@ def _dataset(dataset: str | None, view: str | None, pictures: Pictures) -> dict[
     }
 
 
-def _render(**context: Any) -> str:
+def _render(mark: str = "", **context: Any) -> str:
     import jinja2
     from markupsafe import Markup
 
@@ -161,5 +169,5 @@ def _render(**context: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "duration": duration, "telling": telling}
-    context |= {"script": Markup(SCRIPT), "script_digest": SCRIPT_DIGEST}  # noqa: S704 (our own file)
+    context |= {"mark": mark, "script": Markup(SCRIPT), "script_digest": SCRIPT_DIGEST}  # noqa: S704 (our own file)
     return _UNSEEN.sub("", shown(environment.get_template("page.html").render(context)))

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 from longtake.datasets import captions, clusters, schema, scores, storage, text, tokens
 from longtake.datasets import latents as column
 from longtake.datasets.errors import Failure, UserError
-from longtake.datasets.stage import inputs_of
+from longtake.datasets.stage import RUN, inputs_of, names
 from longtake.infra.graph import Node
 from longtake.infra.recipe import Recipe
-from longtake.infra.runs import Runs
+from longtake.infra.runs import Runs, params_of
 from longtake.infra.upkeep import debris
 from longtake.infra.upkeep.debris import SPOOL, Finds, Item, Kept, is_link, locked, run_of, size
 from longtake.training.config import TrainConfig
@@ -64,7 +64,7 @@ def find(
         nodes: the recipe's graph as it is now. What these stages have made, or would resume, stays.
         older: seconds since the last change of debris, at least.
     """
-    past = _past_runs(store, f"tags.`longtake.output` LIKE '{recipe.workspace.partition(chr(39))[0]}/%'")
+    past = _past_runs(store, f"tags.`longtake.output` LIKE '{recipe.workspace.partition(chr(39))[0]}%'")
     past = [run for run in past if run.output.startswith(f"{recipe.workspace}/")]
     finders: dict[str, Callable[[], Finds]] = {
         "checkpoints": lambda: _checkpoints(nodes, store, past),
@@ -227,17 +227,17 @@ def _version(store: Runs, uri: str) -> Any:
 
 
 def _latents(recipe: Recipe, nodes: list[Node], store: Runs, past: list[PastRun]) -> Finds:
-    live, encoders = _live(nodes, store, "cache_latents", "encoder")
+    live, encoders = _live(nodes, store, past, "cache_latents", "encoder")
     why = partial(_why_encoded, store, encoders, lambda record: record.encoder["uri"])
     makers = _makers(store, "cache_latents", column.read_latents)
-    yield from _unused(recipe, store, past, "latents", _LATENTS, makers, live, why)
+    yield from _unused(recipe, nodes, store, past, "latents", _LATENTS, makers, live, why)
 
 
 def _tokens(recipe: Recipe, nodes: list[Node], store: Runs, past: list[PastRun]) -> Finds:
-    live, encoders = _live(nodes, store, "cache_tokens", "encoder")
+    live, encoders = _live(nodes, store, past, "cache_tokens", "encoder")
     why = partial(_why_encoded, store, encoders, lambda record: record.model["uri"])
     makers = _makers(store, "cache_tokens", tokens.read_tokens)
-    yield from _unused(recipe, store, past, "tokens", _TOKENS, makers, live, why)
+    yield from _unused(recipe, nodes, store, past, "tokens", _TOKENS, makers, live, why)
 
 
 def _why_encoded(store: Runs, encoders: set[str], uri_of: Callable[[Any], str], record: Any) -> Kept | str:
@@ -248,17 +248,17 @@ def _why_encoded(store: Runs, encoders: set[str], uri_of: Callable[[Any], str], 
 
 
 def _texts(recipe: Recipe, nodes: list[Node], store: Runs, past: list[PastRun]) -> Finds:
-    live, _ = _live(nodes, store, "cache_text", "")
+    live, _ = _live(nodes, store, past, "cache_text", "")
 
     def why(record: text.Text) -> Kept | str:
         return f"no stage of the recipe makes texts of {record.captions} by its encoder {record.encoder['encoder']}"
 
     makers = _makers(store, "cache_text", text.read_text)
-    yield from _unused(recipe, store, past, "text", _TEXTS, makers, live, why)
+    yield from _unused(recipe, nodes, store, past, "text", _TEXTS, makers, live, why)
 
 
 def _captions(recipe: Recipe, nodes: list[Node], store: Runs, past: list[PastRun]) -> Finds:
-    live, _ = _live(nodes, store, "caption", "")
+    live, _ = _live(nodes, store, past, "caption", "")
     models = {
         name for node in nodes if node.kind == "caption" and (name := getattr(node.config, "model", None)) is not None
     }
@@ -271,25 +271,21 @@ def _captions(recipe: Recipe, nodes: list[Node], store: Runs, past: list[PastRun
         return f"no stage of the recipe uses it{f', its captioner is {model}' if model else ''}"
 
     makers = _makers(store, "caption", captions.read_captions)
-    yield from _unused(recipe, store, past, "captions", _CAPTIONS, makers, live, why)
+    yield from _unused(recipe, nodes, store, past, "captions", _CAPTIONS, makers, live, why)
 
 
 def _scores(recipe: Recipe, nodes: list[Node], store: Runs, past: list[PastRun]) -> Finds:
     """Columns of scores, and clusters, which have one."""
-    live = _live(nodes, store, "score", "")[0] | _live(nodes, store, "cluster", "")[0]
+    live = _live(nodes, store, past, "score", "")[0] | _live(nodes, store, past, "cluster", "")[0]
     makers = _makers(store, "score", scores.read_scores, lambda record: record.names.values())
     makers |= _makers(store, "cluster", clusters.read_clusters, clusters.names)
-    # a stage may name a record that the recipe does not make
-    inputs = [pair for node in nodes for pair in inputs_of(node.config).values()]
-    named = {value for value, product in inputs if product in ("scores", "clusters")}
-    live |= {run.id for runs in makers.values() for run, _ in runs if (run.uri or run.output) in named}
 
     def why(record: scores.Scores | clusters.Clusters) -> Kept | str:
         if isinstance(record, clusters.Clusters):
             return f"no stage of the recipe makes clusters of {record.embedding['column']} with these settings"
         return f"no stage of the recipe scores {', '.join(record.names)} with these settings"
 
-    yield from _unused(recipe, store, past, "scores", _SCORES, makers, live, why)
+    yield from _unused(recipe, nodes, store, past, "scores", _SCORES, makers, live, why)
 
 
 def _makers(
@@ -314,6 +310,7 @@ def _makers(
 
 def _unused(
     recipe: Recipe,
+    nodes: list[Node],
     store: Runs,
     past: list[PastRun],
     kind: str,
@@ -329,6 +326,9 @@ def _unused(
         live: runs whose columns the recipe uses now.
         why: `why(record)` is the reason to delete a column, or the one to keep it.
     """
+    # a stage may name what the recipe does not make
+    named = (value for node in nodes for value, _ in inputs_of(node.config).values() if value not in node.upstream)
+    inputs = set(map(storage.absolute, named))
     # who may be reading
     readers = [
         run
@@ -342,7 +342,7 @@ def _unused(
             runs = makers.get((dataset, name), [])
             where = f"{dataset}: {name}"
             others = [run for run, _ in runs if run.experiment != store.experiment]
-            if any(run.id in live for run, _ in runs):
+            if any(run.id in live or storage.absolute(run.uri or run.output) in inputs for run, _ in runs):
                 continue
             if not runs:
                 yield Kept(where, "no stage has finished it, or one of another tracking store has")
@@ -357,8 +357,8 @@ def _unused(
                 yield Item(kind, where, sum(sizes.values()), reason, tuple(sizes))
 
 
-def _live(nodes: list[Node], store: Runs, kind: str, field: str) -> tuple[set[str], set[str]]:
-    """Ids of the runs whose columns the recipe's stages of a kind use now, and the models that these name in an input."""
+def _live(nodes: list[Node], store: Runs, past: list[PastRun], kind: str, field: str) -> tuple[set[str], set[str]]:
+    """Ids of the runs whose columns the recipe's stages of a kind use or would reuse, and the models that they name."""
     live, models = set(), set()
     runs = {node.name: store.find(node.fingerprint) for node in nodes}
     for node in nodes:
@@ -368,7 +368,16 @@ def _live(nodes: list[Node], store: Runs, kind: str, field: str) -> tuple[set[st
                 models.add(maker.uri if maker else value)
             if run := runs[node.name]:
                 live.add(run.id)
+            # until it has finished, as after new sources, it may reuse what its settings have made; of another model it does not
+            if value not in node.upstream and not (run and run.status == "FINISHED"):
+                live |= {each.id for each in past if each.kind == kind and _asks_alike(node, each)}
     return live, models
+
+
+def _asks_alike(node: Node, run: PastRun) -> bool:
+    """Whether a stage and a run have the same settings, but for those that one of them lacks, such as a scorer."""
+    settings = params_of(node.config.model_dump(mode="json", exclude={RUN, *names(node.config)}))
+    return all(run.params.get(key, value) == value for key, value in settings.items())
 
 
 def _use_of_encoder(store: Runs, uri: str, encoders: set[str]) -> str | None:

@@ -242,6 +242,7 @@ def resources(recipe: Recipe, nodes: list[Node], address: str | None) -> Iterato
     """Compare the CPUs, GPUs and memory that each stage asks for with those of the cluster, or of this machine."""
     from longtake.infra.cluster import jobs
     from longtake.infra.cluster.submit import lacking
+    from longtake.infra.deploy import Resources
     from longtake.infra.runner import check_observers
 
     ray = os.environ.get("RAY_ADDRESS", "")
@@ -263,7 +264,9 @@ def resources(recipe: Recipe, nodes: list[Node], address: str | None) -> Iterato
             "memory": machine.bytes_of_memory()[0],
         }
         cluster, where, labels = [ours], "this machine", None
-    shortages = lacking(nodes, recipe.deploy, cluster, labels)
+    # without a job, a stage's process reserves nothing
+    held = None if address else Resources()
+    shortages = lacking(nodes, recipe.deploy, cluster, labels, held)
     if where == "this machine":
         try:
             check_observers(nodes)

@@ -137,7 +137,7 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
             arguments = {"encoder": described, "work": work, "output": output, "threads": threads}
             arguments["store"] = os.environ.get(_STORE)
             for part in (shared, jobs):
-                totals.update(columns.make("cache_text", part, _task(config), _load, [], arguments))
+                totals.update(columns.make("cache_text", part, task(config), _load, [], arguments))
 
     # The record.
     shards = columns.shards_of(dataset, column, base)
@@ -176,7 +176,7 @@ def _encoder(settings: Mapping[str, Any]) -> Any:
     return longtake.text_encoder(**settings)
 
 
-def _task(config: Config) -> EncodeConfig:
+def task(config: Config) -> EncodeConfig:
     """What a worker needs: no GPU for looking up words, unless it is asked for."""
     run = config.run
     return run.model_copy(update={"gpus": 0.0}) if config.encoder == WORDS and run.gpus is None else run

@@ -301,7 +301,7 @@ def _ask(config: Config, dataset: str, column: str, maker: str, jobs: list[Job])
         return columns.make("caption", jobs, config.run, _load_model, [], arguments)
     _check_endpoint(config, config.endpoint)
     run = config.run
-    workers = run.model_copy(update={"gpus": 0.0, "workers": run.workers or 1})
+    workers = task(config).model_copy(update={"workers": run.workers or 1})
     budget = (run.requests_per_minute, run.max_requests, run.max_tokens)
     arguments |= {"asking": _asking(config), "key_env": config.key_env, "proven": _is_proven(dataset, column)}
     share = partial(_share_meter, budget)
@@ -315,6 +315,12 @@ def _ask(config: Config, dataset: str, column: str, maker: str, jobs: list[Job])
             f" {totals['wanted'] - totals['answered']} are left; run the same command again: it goes on where it stopped"
         )
     return totals
+
+
+def task(config: Config) -> CaptionConfig:
+    """What a worker asks for: no GPU where an endpoint answers, or nobody is asked."""
+    run = config.run
+    return run.model_copy(update={"gpus": 0.0}) if config.endpoint or config.model is None else run
 
 
 def _share_meter(budget: tuple[float | None, int | None, int | None], ray: Any) -> dict[str, Any]:

@@ -146,9 +146,6 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
         for column in made.values() if missing else ():
             compact.forget(dataset, split, column.column)
         jobs += missing
-    workers = config.run
-    if workers.gpus is None and not any(one.scorer.gpu for one in asked.values()):
-        workers = workers.model_copy(update={"gpus": 0.0})
     arguments = {
         "asked": [
             (made[name].plain(), kinds.SCORERS[one.by], one.config.model_dump(mode="json"))
@@ -157,7 +154,7 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
         "dataset": dataset,
     }
     with columns.sweeping(dataset) as totals:
-        totals.update(columns.make("score", jobs, workers, _load, [], arguments))
+        totals.update(columns.make("score", jobs, task(config), _load, [], arguments))
 
     # The record.
     digests = {split: rows.digest for split, rows in base.rows.items()}
@@ -176,6 +173,13 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
     }
     names = {name: column.column for name, column in made.items()}
     return {"uri": output, "metrics": {name: float(value) for name, value in metrics.items()}, "columns": names}
+
+
+def task(config: Config) -> ScoreConfig:
+    """What a worker asks for: no GPU where none makes a scorer faster, unless it is asked for."""
+    run = config.run
+    faster = any(one.scorer.gpu for one in _asked(config).values())
+    return run if faster or run.gpus is not None else run.model_copy(update={"gpus": 0.0})
 
 
 def _column(name: str, asked: _Asked, view: str) -> Column:

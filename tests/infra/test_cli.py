@@ -120,6 +120,12 @@ def test_graph_json_has_every_stage_edge_and_command(here: Here, tmp_path: Path)
     described = json.loads(done.stdout)
     assert {tuple(e) for e in described["edges"]} >= {("shards", "view"), ("shards", "vae"), ("view", "vae")}
     assert all(s["command"][:2] == ["longtake", "stage"] for s in described["stages"])
+    deployed = here("graph", "quickstart", "--json", "--set", "deploy.retries=7")
+    assert json.loads(deployed.stdout)["deploy"]["retries"] == 7
+    # the commands in it read the recipe anew
+    lost = here("graph", "quickstart", "--json", "--set", "deploy.retries=7", "--set", "stages.vae.steps=9")
+    assert_one_line(lost, "--set stages.vae.steps=9: a scheduler resolves quickstart anew, without it")
+    assert here("graph", "quickstart", "--set", "stages.vae.steps=9").returncode == 0
 
 
 def test_a_closed_workspace_is_one_line_and_exit_code_1(here: Here, tmp_path: Path) -> None:

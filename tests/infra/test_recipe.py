@@ -165,6 +165,18 @@ def test_missing_files_variables_and_circles_of_bases(tmp_path: Path, monkeypatc
         recipe.load(write(tmp_path, {"base": "a.yaml"}, "b.yaml"))
 
 
+def test_a_folder_hides_no_recipe_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIDEOS", str(tmp_path))
+    (tmp_path / "quickstart").mkdir()
+    child = write(tmp_path, {"base": "quickstart", "name": "child"}, "c.yaml")
+    monkeypatch.chdir(tmp_path)
+    assert recipe.load("quickstart").name == "quickstart" and recipe.load(child).name == "child"
+    write(tmp_path, GOOD, "retrain")
+    assert recipe.load("retrain").name == "small", "a file of such a name goes first"
+    with pytest.raises(UserError, match="no such recipe file"):
+        recipe.load(str(tmp_path))
+
+
 def test_a_resolved_recipe_loads_to_the_same_graph(tmp_path: Path) -> None:
     first = recipe.load(write(tmp_path, GOOD))
     again = recipe.load(write(tmp_path, first.to_yaml(), "resolved.yaml"))

@@ -70,7 +70,7 @@ def test_a_run_with_nothing_to_do_starts_no_engine_and_no_client(
     assert (location / "model").is_dir()
     parent = store.open_parent(pinned, graph.whole_fingerprint(nodes))
     store.finish(parent, {"uri": "report.html"})
-    (tmp_path / "ws" / "report.html").write_text("")
+    (tmp_path / "ws" / "report.html").write_text(runner._mark(nodes, store))
     script = (
         "import sys; from longtake.infra.cli import cli; cli(['run', sys.argv[1]], standalone_mode=False)\n"
         "heavy = {'mlflow', 'sqlalchemy', 'deepspeed', 'ray', 'pandas', 'torch._dynamo'} & set(sys.modules)\n"
@@ -276,7 +276,7 @@ def test_a_stage_that_the_system_kills_is_told_though_it_could_not_say_why(monke
     start = subprocess.Popen
     node: Any = type("N", (), {"name": "vae"})
     code = f"import os; os.kill(os.getpid(), {int(signal.SIGKILL)})"
-    monkeypatch.setattr(runner.subprocess, "Popen", lambda command: start([sys.executable, "-c", code]))
+    monkeypatch.setattr(runner.subprocess, "Popen", lambda command, env: start([sys.executable, "-c", code]))
     with pytest.raises(Failure, match="stage vae: its process was killed by signal 9, perhaps for want of memory"):
         runner._run_process("r.yaml", node, "0", fresh=False)
 

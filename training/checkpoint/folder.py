@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from longtake.datasets import storage
-from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.errors import Busy, Failure, UserError
 from longtake.training.checkpoint.weights import damaged
 from longtake.training.config import TrainConfig
 
@@ -35,7 +35,7 @@ def folder_of(config: TrainConfig, output: str) -> Path:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep a second process from training into the same folder; a killed owner's lock is free. Raises UserError."""
+    """Keep a second process from training into the same folder; a killed owner's lock is free. Raises Busy."""
     with storage.failing_clearly(str(folder)):
         folder.mkdir(parents=True, exist_ok=True)
         handle = (folder / "lock").open("a+")
@@ -44,7 +44,7 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
             handle.seek(0)
-            raise UserError(
+            raise Busy(
                 f"{folder}: process {handle.read().strip()} is training here already; wait for it or stop it"
             ) from e
         handle.truncate(0)

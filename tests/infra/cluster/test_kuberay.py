@@ -34,7 +34,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def load(workspace: str = "s3://bucket/ws", image: str | None = IMAGE, **deploy: Any) -> recipe.Recipe:
-    launcher = deploy.pop("launcher", {"by": "process"})
+    launcher, more = deploy.pop("launcher", {"by": "process"}), deploy.pop("more", {})
     content = {
         "name": "Small one",
         "workspace": workspace,
@@ -48,6 +48,7 @@ def load(workspace: str = "s3://bucket/ws", image: str | None = IMAGE, **deploy:
                 "model": {"preset": "pv_vae_tiny"},
             }
             | {"sizes": [[64, 64]], "batch": 12, "run": {"launcher": launcher}},
+            **more,
         },
     }
     Path("my.yaml").write_text(yaml.safe_dump(content))
@@ -139,6 +140,26 @@ def test_stages_that_ask_for_gpus_get_as_many_pods_with_gpus_as_they_need_at_onc
     spec = job["spec"]
     assert spec["entrypointNumGpus"] == 1 and json.loads(spec["entrypointResources"]) == {"fast": 1.0}
     assert "entrypointNumCpus" not in spec
+
+
+def gpu_pods(pods: KubeRay, **deploy: Any) -> int:
+    """Pods with GPUs of a recipe that also caches latents."""
+    more = {"latents": {"kind": "cache_latents", "dataset": "shards", "encoder": "images"}}
+    groups = manifest(load(more=more, **deploy), pods)["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    return sum(group["replicas"] for group in groups if group["groupName"] == "gpu")
+
+
+def test_what_a_whole_recipe_holds_is_beside_what_its_stages_take() -> None:
+    images = {"images": {"gpus": 1}}
+    assert gpu_pods(KubeRay(secret="keys")) == 0
+    assert gpu_pods(KubeRay(secret="keys"), resources=images) == 2, "latents take a GPU where there are any"
+    assert gpu_pods(KubeRay(secret="keys", gpus=2), resources=images) == 1
+    ranks = {"by": "ray", "processes": 6, "gpus": 1}
+    assert gpu_pods(KubeRay(secret="keys", gpus=6), resources={"shards": {"gpus": 1}}, launcher=ranks) == 2
+    assert gpu_pods(KubeRay(secret="keys", gpu_workers=2)) == 2
+    assert gpu_pods(KubeRay(secret="keys", gpu_workers=3), resources=images) == 3
+    spec = manifest(load(), KubeRay(secret="keys", gpu_workers=2))["spec"]
+    assert len(spec["rayClusterSpec"]["workerGroupSpecs"]) == 1, "nothing that would use them"
 
 
 def test_one_stage_alone_has_its_own_command_name_deadline_and_resources() -> None:

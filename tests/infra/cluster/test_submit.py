@@ -451,7 +451,30 @@ def test_what_the_cluster_lacks_is_said_with_stage_key_need_and_stock(
 
 def test_what_fits_is_not_refused(ray: Any, path: Path) -> None:
     ray.nodes = [node(CPU=4.0, memory=8e9), node(CPU=2.0, GPU=1.0, memory=8e9)]
-    settings = ["deploy.resources.shards={cpus: 4}", "stages.shards.run.cpus=2", "stages.images.batch=4"]
-    settings += ["stages.images.run.launcher={by: ray, processes: 4}", "deploy.resources.images={gpus: 1, cpus: 1}"]
+    settings = ["deploy.resources.shards={cpus: 2}", "stages.shards.run.cpus=2", "stages.images.batch=3"]
+    settings += ["stages.images.run.launcher={by: ray, processes: 3}", "deploy.resources.images={gpus: 1, cpus: 1}"]
     ok(send(path, ray, *[word for s in settings for word in ("--set", s)]))
     assert jobs.cluster_nodes(ray.address)[1] == {"CPU": 2.0, "GPU": 1.0, "memory": 8e9}
+
+
+def test_a_whole_recipe_needs_a_node_for_the_most_of_all_its_stages_and_room_for_tasks_beside_that(
+    ray: Any, path: Path
+) -> None:
+    ray.nodes = [node(CPU=4.0, memory=8e9), node(CPU=2.0, GPU=1.0, memory=8e9)]
+    one_by_one = ["--set", "deploy.resources={shards: {cpus: 4}, images: {gpus: 1}}"]
+    said = refused(path, ray, *one_by_one)
+    assert "deploy.resources: no single node of the cluster has all of 4 CPU, 1 GPU" in said and "--stage" in said
+    for stage in STAGES:
+        ok(send(path, ray, *one_by_one, "--stage", stage))
+    # null is a GPU where there is one, and `images` has it
+    ray.posted.clear()
+    latents = {"kind": "cache_latents", "dataset": "shards", "encoder": "images"}
+    scores = {"kind": "score", "dataset": "shards", "scorers": {"light": {}}}
+    resources = {"images": {"gpus": 1}}
+    path = write(path.parent, stages=STAGES | {"scores": scores}, deploy={"resources": resources})
+    ok(send(path, ray))
+    ray.posted.clear()
+    path = write(path.parent, stages=STAGES | {"latents": latents}, deploy={"resources": resources})
+    assert "stages.latents.run.gpus: a task and the process of the whole recipe" in (said := refused(path, ray))
+    assert "need 2 GPU together, the cluster has 1" in said
+    ok(send(path, ray, "--stage", "latents"))

@@ -88,6 +88,10 @@ class Workspace:
         items = {place(f.where): f for f in found if isinstance(f, Item)}
         return items, {place(f.where): f.reason for f in found if isinstance(f, Kept)}
 
+    def grow(self) -> None:
+        """Another video: all stages run again."""
+        (self.folder / "videos" / "b.mp4").write_bytes(b"2")
+
     def registered(self, alias: str | None = None) -> str:
         """A version of the model `tidy`; its URI."""
         _, _, store = self.open()
@@ -202,6 +206,15 @@ def test_in_a_folder_that_the_recipe_names_the_last_checkpoint_stays_for_whoever
     assert not here.find(checkpoints=str(folder))[0]
 
 
+def test_a_workspace_with_an_apostrophe_in_its_path_loses_the_same(
+    tmp_path: Path, with_store: Callable[[Path], None]
+) -> None:
+    with_store(tmp_path / "it's" / "ws")
+    here = Workspace(tmp_path / "it's", f"{tmp_path}/it's/ws")
+    here.ran("vae", "FINISHED", steps=2)
+    assert [Path(item.paths[-1]).name for item in here.find()[0].values()] == ["step-00000001"]
+
+
 def test_links_are_not_followed(here: Workspace) -> None:
     _, output = here.ran("vae", "FINISHED", steps=2)
     outside = here.folder / "outside"
@@ -276,15 +289,16 @@ def latents(dataset: str, name: str, uri: str, output: str) -> None:
     storage.write(storage.join(dataset, "compact", f"train.{name}.json"), b"0" * 100)
 
 
-def with_latents(here: Workspace) -> tuple[str, Callable[[str, str], None]]:
+def with_latents(here: Workspace) -> tuple[str, Callable[[str, str], str]]:
     _, dataset = here.ran("shards", "FINISHED")
     for name in ("train/00000.tar", "train/00000.parquet", "dataset.json", "sources/0.parquet", "views/v.parquet"):
         storage.write(storage.join(dataset, name), b"1")
 
-    def make(name: str, uri: str) -> None:
-        """A column of an encoder, by a run whose settings the recipe has no more."""
+    def make(name: str, uri: str) -> str:
+        """A column of an encoder, by a run whose settings the recipe has no more; its output."""
         _, output = here.ran("latents", "FINISHED", lr=len(name) / 7 + int(name[-1], 16))
         latents(dataset, name, uri, output)
+        return output
 
     return dataset, make
 
@@ -333,6 +347,16 @@ def test_latents_stay_while_a_run_may_read_them_or_another_experiment_has_made_t
     assert not items and "another experiment" in "".join(kept.values())
 
 
+def test_a_column_stays_that_a_stage_names_by_its_output(here: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, make = with_latents(here)
+    named, _ = make("latent-a1", here.registered()), make("latent-a2", here.registered())
+    monkeypatch.chdir(here.folder)
+    for output in (named, named.removeprefix(f"{here.folder}/"), f"file://{named}"):
+        prior = {"kind": "finetune_latte", "dataset": "shards", "latents": output, "frames": 9}
+        here.more = {"prior": prior | {"model": {"preset": "latte_tiny"}}}
+        assert [where.rpartition(" ")[2] for where in here.find("latents")[0]] == ["latent-a2"]
+
+
 def test_tokens_go_whose_encoder_nobody_names(here: Workspace) -> None:
     here.more["tokens"] = {"kind": "cache_tokens", "dataset": "shards", "encoder": "vae", "size": [64, 64]}
     _, dataset = here.ran("shards", "FINISHED")
@@ -369,6 +393,10 @@ def test_texts_go_that_no_stage_of_the_recipe_makes(here: Workspace) -> None:
         (item,) = (found for where, found in items.items() if "text-" in where)
         assert item.where.endswith("text-a1") and item.bytes == 400 and "no stage of the recipe makes" in item.reason
         assert [where.rpartition(" ")[2] for where in kept if "text-" in where] == ["text-dd"]
+    here.grow()
+    assert [item.where.rpartition(" ")[2] for item in here.find("text")[0].values()] == ["text-a1"], (
+        "it would be reused"
+    )
     run, _ = here.ran("vae", "RUNNING")
     items, kept = here.find("text")
     assert not items and any(f"run {run} is RUNNING" in reason for reason in kept.values())
@@ -432,6 +460,25 @@ def test_scores_go_that_no_stage_of_the_recipe_makes_or_names(here: Workspace, m
     monkeypatch.setattr(clean, "inputs_of", lambda config: {"scores": (record, "scores")})
     items, _ = here.find("scores")
     assert [where.rpartition(" ")[2] for where in items] == [old], "a stage may name a record"
+
+
+def test_columns_that_a_run_would_reuse_after_new_sources_stay(here: Workspace) -> None:
+    """Whatever else is asked for beside them."""
+    _, dataset = here.ran("shards", "FINISHED")
+    here.more = {"scores": {"kind": "score", "dataset": "shards", "scorers": {"light": {}}}}
+    _, output = here.ran("scores", "FINISHED")
+    write_scores(output, Scores(dataset, {"light": Column("score-light-aa", "light", {}, "", ())}, None, {}))
+    storage.write(storage.join(dataset, "train", "00000.score-light-aa.parquet"), b"0" * 100)
+    assert not here.find("scores")[0]
+    here.grow()
+    assert not here.find("scores")[0]
+    here.more["scores"]["scorers"] = {"light": {}, "bars": {}}
+    assert not here.find("scores")[0]
+    here.more["scores"]["view"] = "/views/other.parquet"
+    assert len(here.find("scores")[0]) == 1
+    del here.more["scores"]["view"]
+    here.ran("scores", "FINISHED")
+    assert len(here.find("scores")[0]) == 1, "it has found no use for it"
 
 
 def test_clusters_go_that_no_stage_of_the_recipe_makes(here: Workspace) -> None:
