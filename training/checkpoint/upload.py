@@ -122,7 +122,7 @@ def maker(url: str) -> str | None:
     """The run of MLflow that made the latest checkpoint at `url`; None where there is none. Raises Failure."""
     try:
         name = _latest(url)
-        return None if name is None else str(json.loads(storage.read(storage.join(url, name, "meta.json")))["run"])
+        return None if name is None else str(json.loads(storage.read(storage.join(url, name, "meta.json"))).get("run"))
     except Exception as e:  # likewise
         raise Failure(f"{shown(url)}: could not be read ({_line(e)})") from e
 
