@@ -3,6 +3,7 @@
 import hashlib
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -16,6 +17,8 @@ from longtake.infra import stages
 from longtake.infra.recipe import Recipe
 from longtake.training.foreign import folder as folders
 
+_DIGEST = 12  # characters in the name of an output
+
 
 @dataclass(frozen=True)
 class Node:
@@ -24,17 +27,23 @@ class Node:
     `fingerprint` identifies the stage's product: a digest of its config, its version, the fingerprints of its inputs, and
     of what it reads from outside. `result` is the same without the names of the stage and its inputs. `output` is named by
     the result without what is outside. So a grown folder of sources adds to the same dataset, and a training resumes from
-    its checkpoint under a corrected name.
+    its checkpoint under a corrected name. With other `MAY_CHANGE` settings too: see `Runs.output_of`.
     """
 
     name: str
     kind: str
     config: StageConfig
     inputs: dict[str, str]  # config field -> stage name or URI
+    hashed: dict[str, Any]  # the inputs as fingerprints have them
     upstream: tuple[str, ...]
     fingerprint: str
     result: str
     output: str
+
+    @property
+    def digest(self) -> str:
+        """The name of the output."""
+        return self.output.rpartition("/")[2]
 
 
 def pin(recipe: Recipe) -> Recipe:
@@ -93,19 +102,28 @@ def build(recipe: Recipe) -> list[Node]:
         # other weights in the folder of another library are another input
         listed = {field: recipe.outside.get(f"{name}.{field}") for field in inputs}
         resolved |= {field: [resolved[field], listing] for field, listing in listed.items() if listing}
-        own = _hash([kind, stages.load(kind).VERSION, with_inputs(content(config), resolved)])
+        own = _own(kind, config, resolved)
         result = _hash([own, recipe.outside.get(name)])
         nodes[name] = Node(
             name,
             kind,
             config,
             inputs,
+            resolved,
             tuple(upstream),
             fingerprint=_hash([result, names(config), *(nodes[up].fingerprint for up in upstream)]),
             result=result,
-            output=storage.join(recipe.workspace, name, own[:12]),
+            output=storage.join(recipe.workspace, name, own[:_DIGEST]),
         )
     return list(nodes.values())
+
+
+def digest_with(node: Node, params: Mapping[str, str]) -> str:
+    """The DIGEST of a stage's output, were its settings that may change in the middle those of a run, as MLflow has them."""
+    others = {
+        name: int(params[name]) for name in getattr(node.config, "MAY_CHANGE", ()) if params.get(name, "").isdigit()
+    }
+    return _own(node.kind, node.config.model_copy(update=others), node.hashed)[:_DIGEST]
 
 
 def _links(recipe: Recipe, name: str, config: StageConfig) -> tuple[dict[str, str], list[str]]:
@@ -146,6 +164,11 @@ def warnings(node: Node) -> list[str]:
     module = stages.load(node.kind)
     texts = module.warnings(node.config) if hasattr(module, "warnings") else []
     return [f"stages.{node.name}.{text}" for text in texts]
+
+
+def _own(kind: str, config: StageConfig, hashed: Mapping[str, Any]) -> str:
+    """The fingerprint of what a stage does: its config, its version and its inputs, without names and what is outside."""
+    return _hash([kind, stages.load(kind).VERSION, with_inputs(content(config), hashed)])
 
 
 def _hash(value: Any) -> str:

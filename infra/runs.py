@@ -18,8 +18,10 @@ from longtake.datasets import storage
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.masking import shown, shown_within
 from longtake.infra import sqlite_store
-from longtake.infra.graph import Node
+from longtake.infra.graph import Node, digest_with
 from longtake.infra.recipe import Recipe
+from longtake.training.config import TrainConfig
+from longtake.training.registry.store import everything
 
 _FINGERPRINT, _STAGE, _KIND, _OUTPUT, _URI, _ERROR = (
     f"longtake.{t}" for t in ("fingerprint", "stage", "kind", "output", "uri", "error")
@@ -81,14 +83,41 @@ class Runs:
         condition = f"tags.`{_FINGERPRINT}` = '{fingerprint}' and attributes.status = 'FINISHED'"
         return bool(self.client.search_runs([self.experiment], condition, ViewType.DELETED_ONLY, max_results=1))
 
+    def output_of(self, node: Node) -> str:
+        """The output that a stage has worked in, or will."""
+        run = self.find(node.fingerprint)
+        return run.output if run else self._begun(node)
+
+    def _begun(self, node: Node) -> str:
+        """The output that a stage without a run works in: that of a training which it goes on with, else its own.
+
+        It goes on with the latest run that trained the same, under whatever name and with whatever `MAY_CHANGE` settings, if
+        possible with its own; not where one has finished with more steps.
+        """
+        if not isinstance(node.config, TrainConfig):
+            return node.output
+        condition = f"tags.`{_STAGE}` = '{node.name}' and tags.`{_KIND}` = '{node.kind}'"
+        past = everything(self.client.search_runs, [self.experiment], condition, order_by=["start_time DESC"])
+        digests = {run.info.run_id: digest_with(node, run.data.params) for run in past}
+        same, beyond = [], set()
+        for each in sorted(past, key=lambda run: digests[run.info.run_id] != node.digest):
+            info, data = each.info, each.data
+            run = _run(info.run_id, info.status, info.start_time, info.end_time, data.tags, self.workspace)
+            if run.output.rpartition("/")[2].partition("-")[0] in digests.values():
+                same.append(run.output)
+            if run.status == "FINISHED" and int(data.params.get("steps", 0)) > node.config.steps:
+                beyond.add(run.output)
+        return next((output for output in same if output not in beyond), node.output)
+
     def open(self, node: Node, parent: str | None, fresh: bool = False) -> tuple[str, str]:
         """(run id, output) to work in: an unfinished run of the same fingerprint is resumed, unless `fresh`.
 
-        A fresh run gets an output of its own, so that it starts from nothing and changes no earlier output.
+        A fresh run gets an output of its own, so that it starts from nothing and changes no earlier output. A line says
+        where it goes on in an output that is not its own.
         """
         run = None if fresh else self.find(node.fingerprint)
         # the output of a finished run is repaired in place
-        output = run.output if run else node.output
+        output = node.output if fresh else run.output if run else self._begun(node)
         if run and run.status != "FINISHED":
             self.client.update_run(run.id, status="RUNNING")
             self.client.set_tag(run.id, _OUTPUT, output)
@@ -96,6 +125,8 @@ class Runs:
         tags = {"mlflow.runName": node.name, _FINGERPRINT: node.fingerprint, _STAGE: node.name, _KIND: node.kind}
         if fresh:
             output = f"{node.output}-{secrets.token_hex(4)}"
+        elif not run and output != node.output:
+            print(f"{node.name}: goes on in {shown(output)}; --force begins anew", flush=True)
         tags |= {_OUTPUT: output} | ({_PARENT: parent} if parent else {})
         run_id = self.client.create_run(self.experiment, tags=tags).info.run_id
         for key, value in params_of(node.config.model_dump(mode="json")).items():

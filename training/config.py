@@ -116,8 +116,8 @@ class RunConfig(StageConfig):
     checkpoint_every   steps between checkpoints
     keep_checkpoints   how many of the latest checkpoints are kept
     keep_every         checkpoints of steps divisible by this are kept for good
-    checkpoints        local folder for checkpoints; null keeps them beside the stage's output
-    upload             URL that checkpoints are copied to, and fetched from where there is none here
+    checkpoints        local folder for checkpoints, in which each output has its own; null keeps them in the stage's output
+    upload             URL that checkpoints are copied to, likewise, and fetched from where there is none here
     profile            first and last step that torch's profiler records
     peak_tflops        of a device, for MFU; null knows common GPUs
     spike              report a loss this many standard deviations above its running mean
@@ -205,6 +205,8 @@ class TrainConfig(StageConfig):
     }
     # whether processes can share a window of what is trained (`run.launcher.sequence`)
     SHARED: ClassVar[bool] = False
+    # what may change in the middle of a training: it goes on in the same place
+    MAY_CHANGE: ClassVar[tuple[str, ...]] = ("steps", "skip_nonfinite")
     # change neither the time of a step nor what a clip costs
     COSTLESS: ClassVar[frozenset[str]] = frozenset(
         {"steps", "lr", "warmup_steps", "schedule", "final_lr", "betas", "weight_decay", "gradient_clip", "skip_nonfinite", "seed"}

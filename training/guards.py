@@ -81,8 +81,8 @@ class Nonfinite:
         trouble = f"{'loss' if anywhere else 'gradient'} of {name} is not finite at step {step}"
         if self.count > self.most:
             raise Failure(
-                f"{trouble}; the batch's keys are in {self.folder} ({files}); the last checkpoint is whole: lower lr and go"
-                " on, or allow some with skip_nonfinite"
+                f"{trouble}; the batch's keys are in {self.folder} ({files}); the last checkpoint is whole: go on"
+                " from it with skip_nonfinite, or begin anew with a lower lr"
             )
         if rank == 0:
             print(

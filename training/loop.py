@@ -27,10 +27,10 @@ from longtake.training.config import TrainConfig
 from longtake.training.engines import activations, ema
 from longtake.training.objective import Batch, Engines, Objective, Turn
 from longtake.training.progress import Progress, peak
+from longtake.training.registry import lineage
 from longtake.training.tracker import Tracker
 
 _ALL_RANKS = 1 << 31  # in place of a rank, in the seed that all share
-_MAY_CHANGE = ("steps", "skip_nonfinite")  # settings that a resumed training may change
 
 
 def train(
@@ -142,7 +142,7 @@ def train(
 
             # Checkpoint, and end if asked to.
             if step % config.run.checkpoint_every == 0 or step == config.steps or stopping:
-                meta = _meta(objective, loader, config, step, nonfinite.count)
+                meta = _meta(objective, loader, config, folder, step, nonfinite.count)
                 with progress.part(step, "checkpoint"):
                     checkpoints.save(run.engines, objective.lead, run.averages, meta)
             if stopping:
@@ -182,8 +182,11 @@ def _resume(objective: Objective, loader: Stream, config: TrainConfig, folder: P
 
     # the checkpoint's state
     meta = checkpoint.meta(path)
-    _check_settings(config, meta["settings"], path)
-    loader.load_state_dict(meta["loader"])
+    _check(config, meta, path)
+    try:
+        loader.load_state_dict(meta["loader"])
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from e
     checkpoint.load(path, trained, universal)
     saved = {life: checkpoint.Weights(path, life) for life in averages}
     ema.restore(averages, trained[objective.lead], saved)
@@ -226,12 +229,15 @@ def _prepare_folder(config: TrainConfig, folder: Path) -> None:
         report.unlink()
 
 
-def _meta(objective: Objective, loader: Stream, config: TrainConfig, step: int, left_out: int) -> dict[str, Any]:
+def _meta(
+    objective: Objective, loader: Stream, config: TrainConfig, folder: Path, step: int, left_out: int
+) -> dict[str, Any]:
     """The content of a checkpoint beside the engines."""
     return {
         "step": step,
         "loader": loader.state_dict(),
         "settings": content(config),
+        "lineage": lineage.kept(folder),
         "left_out": left_out,
         "state": {name: value.tolist() for name, value in objective.state.items()},
         "run": os.environ.get("MLFLOW_RUN_ID"),
@@ -345,10 +351,14 @@ def _only_learning(all_engines: Engines, name: str) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _check_settings(config: TrainConfig, saved: Mapping[str, Any], path: Path) -> None:
-    """Raise UserError where a checkpoint belongs to other settings."""
-    now = content(config)
-    changed = [k for k in sorted(now.keys() | saved.keys()) if k not in _MAY_CHANGE and now.get(k) != saved.get(k)]
-    if changed:
-        differences = ", ".join(f"{k}: {saved.get(k)} there, {now.get(k)} here" for k in changed[:3])
-        raise UserError(f"{path}: belongs to other settings ({differences}); name another folder in checkpoints")
+def _check(config: TrainConfig, meta: Mapping[str, Any], path: Path) -> None:
+    """Raise UserError where a checkpoint belongs to other settings, or has more steps than there are to be."""
+    if changed := checkpoint.differences(config, meta["settings"]):
+        raise UserError(
+            f"{path}: belongs to other settings ({', '.join(changed[:3])}); bring them back, or begin anew in another folder,"
+            " which --force makes"
+        )
+    if meta["step"] > config.steps:
+        raise UserError(
+            f"{path}: has more steps than steps: {config.steps}; raise that, or begin anew in another folder, which --force makes"
+        )

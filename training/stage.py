@@ -38,7 +38,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from longtake.datasets.masking import shown
 from longtake.training import checkpoint, engines, forecast, launch, observer, registry, tracker
+from longtake.training.checkpoint import upload
 from longtake.training.config import TrainConfig
 from longtake.training.live.record import resolved
 from longtake.training.loop import train
@@ -60,19 +62,61 @@ def run(stage: ModuleType, config: Any, inputs: Mapping[str, str], output: str) 
     """Train from the latest checkpoint, measure, log and register the model, make it champion.
 
     Raises:
-        UserError: no usable sample; data, models or windows that do not fit; a workspace for no checkpoints.
+        UserError: no usable sample; data, models or windows that do not fit; a workspace for no checkpoints; a checkpoint of
+            other inputs or settings.
         Failure, Interrupted: as `loop.train`.
     """
-    folder = checkpoint.folder_of(config, output)
+    place, former = checkpoint.place_of(config.run, output), checkpoint.former_place(config.run, output)
+    config = config.model_copy(update={"run": config.run.model_copy(update={"upload": place.upload})})
     first = os.environ.get("RANK", "0") == "0"
-    with checkpoint.locked(folder) if first else contextlib.nullcontext():
-        if first:
-            named = stage.registered(config) if hasattr(stage, "registered") else {}
-            lineage.pinned({**inputs, **named}, folder)
+    with launch.together(), contextlib.ExitStack() as held:
+
+        def begin() -> str:
+            """Lock the folder, get a copy where it is empty, pin the inputs; before there are ranks that wait for a collective."""
+            named = {**inputs, **(stage.registered(config) if hasattr(stage, "registered") else {})}
+            folder = _folder(config, named, place, former)
+            held.enter_context(checkpoint.locked(folder))
+            _fetch(folder, place, former)
+            path = checkpoint.latest(folder)
+            lineage.begin(named, folder, checkpoint.meta(path) if path else None)
+            return str(folder)
+
+        folder = Path(launch.share(begin))
         job = (stage.__name__, config, inputs, folder)
         with observer.beside(*job) if first else contextlib.nullcontext():
             continues = launch.run(*job)
         return publish(stage, config, inputs, folder) if continues else {}
+
+
+def _folder(config: TrainConfig, inputs: Mapping[str, str], place: checkpoint.Place, former: checkpoint.Place) -> Path:
+    """The folder to train in: that of the place, unless an earlier version has begun this training in its own."""
+    if checkpoint.latest(place.folder) or not (path := checkpoint.latest(former.folder)):
+        return place.folder
+    begun, run_id = checkpoint.meta(path), os.environ.get("MLFLOW_RUN_ID")
+    if run_id and begun.get("run") == run_id:
+        return former.folder
+    changed = checkpoint.differences(config, begun["settings"]) + lineage.differences(inputs, former.folder)
+    if not changed:
+        return former.folder
+    print(f"{path}: is of another training ({', '.join(changed[:3])}); this one begins in {place.folder}", flush=True)
+    return place.folder
+
+
+def _fetch(folder: Path, place: checkpoint.Place, former: checkpoint.Place) -> None:
+    """Get the copy of the latest checkpoint where there is none here, or the one that an earlier version made in this run."""
+    if place.upload is None or former.upload is None:
+        return
+    upload.fetch_alone(folder, place.upload)
+    if checkpoint.latest(folder) or not (maker := upload.maker(former.upload)):
+        return
+    if maker == os.environ.get("MLFLOW_RUN_ID"):
+        upload.fetch_alone(folder, former.upload)
+    else:
+        print(
+            f"{shown(former.upload)}: its checkpoint is of run {maker}; this training begins anew. To go on from that one, move"
+            f" what is there into {shown(place.upload)}",
+            flush=True,
+        )
 
 
 def work(stage: Any, config: Any, inputs: Mapping[str, str], folder: Path) -> None:

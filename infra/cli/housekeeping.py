@@ -24,7 +24,11 @@ def _bytes(count: float) -> str:
 @recipe_argument
 @set_option
 @click.option(
-    "--checkpoints", "kinds", flag_value="checkpoints", multiple=True, help="Checkpoints that no run would resume."
+    "--checkpoints",
+    "kinds",
+    flag_value="checkpoints",
+    multiple=True,
+    help="Checkpoints that no run would resume, and copies.",
 )
 @click.option("--latents", "kinds", flag_value="latents", multiple=True, help="Latents of unused versions of encoders.")
 @click.option("--tokens", "kinds", flag_value="tokens", multiple=True, help="Tokens of unused versions of encoders.")

@@ -14,7 +14,7 @@ import socket
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from longtake.datasets import captions, clusters, schema, scores, storage, text, tokens
 from longtake.datasets import latents as column
@@ -23,11 +23,9 @@ from longtake.datasets.stage import RUN, inputs_of, names
 from longtake.infra.graph import Node
 from longtake.infra.recipe import Recipe
 from longtake.infra.runs import Runs, params_of
-from longtake.infra.upkeep import debris
-from longtake.infra.upkeep.debris import SPOOL, Finds, Item, Kept, is_link, locked, run_of, size
-from longtake.training.config import TrainConfig
-from longtake.training.registry.store import everything
-from longtake.training.registry.uri import parse
+from longtake.infra.upkeep import checkpoints, debris
+from longtake.infra.upkeep.debris import SPOOL, Finds, Item, Kept, is_link, locked
+from longtake.infra.upkeep.past import PastRun, past_runs, version_of
 
 KINDS = ("checkpoints", "latents", "tokens", "text", "scores", "debris", "cache", "captions")
 USUAL = KINDS[:6]
@@ -38,21 +36,6 @@ _TOKENS = re.compile(r"[^.]+\.(tokens-[0-9a-f]+)\..+")
 _TEXTS = re.compile(r"[^.]+\.(text-[0-9a-f]+)\..+")
 _CAPTIONS = re.compile(r"[^.]+\.(caption-[0-9a-f]+)\..+")
 _SCORES = re.compile(r"[^.]+\.(score-[a-z0-9_]+-[0-9a-f]+)\..+")
-_STEP = re.compile(r"step-(\d+)")
-_PAGE = 1000
-
-
-class PastRun(NamedTuple):
-    """A stage's run in MLflow."""
-
-    id: str
-    experiment: str
-    status: str
-    fingerprint: str
-    kind: str
-    output: str
-    uri: str
-    params: Mapping[str, str]
 
 
 def find(
@@ -64,10 +47,10 @@ def find(
         nodes: the recipe's graph as it is now. What these stages have made, or would resume, stays.
         older: seconds since the last change of debris, at least.
     """
-    past = _past_runs(store, f"tags.`longtake.output` LIKE '{recipe.workspace.partition(chr(39))[0]}%'")
+    past = past_runs(store, f"tags.`longtake.output` LIKE '{recipe.workspace.partition(chr(39))[0]}%'")
     past = [run for run in past if run.output.startswith(f"{recipe.workspace}/")]
     finders: dict[str, Callable[[], Finds]] = {
-        "checkpoints": lambda: _checkpoints(nodes, store, past),
+        "checkpoints": lambda: checkpoints.find(nodes, store, past),
         "latents": lambda: _latents(recipe, nodes, store, past),
         "tokens": lambda: _tokens(recipe, nodes, store, past),
         "text": lambda: _texts(recipe, nodes, store, past),
@@ -95,7 +78,7 @@ def remove(item: Item, store: Runs) -> Kept | None:
                 fs, path = storage.filesystem(url)
                 with contextlib.suppress(FileNotFoundError):
                     storage.retrying(url, partial(fs.rm, path, recursive=True))
-            elif _STEP.fullmatch(Path(url).name):
+            elif checkpoints.STEP.fullmatch(Path(url).name):
                 with locked(Path(url).parent) as free:
                     if not free:
                         raise UserError(f"{url}: a training has begun there; run `longtake clean` again")
@@ -116,111 +99,6 @@ def _remove_local(path: Path) -> None:
                 path.with_name(f".{path.name}~{socket.gethostname()}@{os.getpid()}~{secrets.token_hex(4)}.tmp")
             )
         shutil.rmtree(path)
-
-
-# Runs.
-
-
-def _past_runs(store: Runs, condition: str) -> list[PastRun]:
-    """The stages' runs of all experiments of the store."""
-    client = store.client
-    experiments = [e.experiment_id for e in everything(client.search_experiments)]
-    runs = everything(client.search_runs, experiments, condition, max_results=_PAGE)
-    return [_past_run(run) for run in runs if "longtake.output" in run.data.tags]
-
-
-def _past_run(run: Any) -> PastRun:
-    info, tags = run.info, run.data.tags
-    fingerprint, kind, output, uri = (
-        tags.get(f"longtake.{tag}", "") for tag in ("fingerprint", "kind", "output", "uri")
-    )
-    return PastRun(info.run_id, info.experiment_id, info.status, fingerprint, kind, output, uri, run.data.params)
-
-
-def _is_running(run: PastRun) -> bool:
-    return run.status in ("RUNNING", "SCHEDULED")
-
-
-# Checkpoints.
-
-
-def _checkpoints(nodes: list[Node], store: Runs, past: list[PastRun]) -> Finds:
-    ours = [run for run in past if run.experiment == store.experiment]
-    by_id = {run.id: run for run in ours}
-    current = {node.fingerprint for node in nodes}
-    # several runs may use a folder that the recipe names, one after the other
-    trained = [node.config.run for node in nodes if isinstance(node.config, TrainConfig)]
-    named = {Path(run.checkpoints) for run in trained if run.checkpoints}
-    default = {Path(run.output) / "checkpoints" for run in ours if storage.is_local(run.output)}
-    for folder in sorted(named | default):
-        if not folder.is_dir() or is_link(folder):
-            continue
-        steps = sorted(p for p in folder.iterdir() if _STEP.fullmatch(p.name) and p.is_dir() and not p.is_symlink())
-        with locked(folder) as free:
-            if not free:
-                yield Kept(str(folder), "a training is at work there")
-                continue
-            last = _last(folder, steps)
-            reasons = {}
-            for path in steps:
-                run = by_id.get(run_of(path))
-                if run is None:
-                    yield Kept(str(path), "no run of this recipe's experiment wrote it")
-                elif _is_running(run):
-                    reason = f"run {run.id} is {run.status} in MLflow; if it is dead, run it again or end it"
-                    yield Kept(str(path), reason)
-                else:
-                    reasons[path] = _why_unneeded(path, last, run, ours, current, folder in named, store)
-            for path, unneeded in reasons.items():
-                if unneeded:
-                    # `latest` must never name a checkpoint that is gone
-                    first = (str(folder / "latest"),) if path.name == last else ()
-                    yield Item("checkpoint", str(path), size(str(path)), unneeded, (*first, str(path)))
-
-
-def _why_unneeded(
-    path: Path, last: str, run: PastRun, ours: list[PastRun], current: set[str], named: bool, store: Runs
-) -> str | None:
-    """The reason why a checkpoint may be deleted; None if it stays."""
-    every = run.params.get("run.keep_every", run.params.get("keep_every", "None"))
-    if run.status == "FINISHED" and path.name != last:
-        number = int(path.name.removeprefix("step-"))
-        # the recipe keeps every n-th for good
-        return None if every.isdigit() and number % int(every) == 0 else f"its stage has finished, {last} is the last"
-    if named:
-        return None
-    if run.status == "FINISHED":
-        if run.fingerprint in current or any(_is_running(r) for r in ours if r.fingerprint == run.fingerprint):
-            return None
-        gone = "the recipe has no stage with these settings any more"
-        return f"{gone}, {run.uri} is registered" if _version(store, run.uri) else None
-    alike = [r for r in ours if r.fingerprint == run.fingerprint and r.status == "FINISHED" and r.output != run.output]
-    # `longtake run` reuses the finished run and never resumes this one
-    return f"its run ended as {run.status}, and run {alike[0].id} has finished the same" if alike else None
-
-
-def _last(folder: Path, steps: list[Path]) -> str:
-    """The name of the checkpoint that a training would resume from; empty if there is none."""
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        name = (folder / "latest").read_text().strip()
-        if folder / name in steps:
-            return name
-    return steps[-1].name if steps else ""
-
-
-def _version(store: Runs, uri: str) -> Any:
-    """The registered version that a `models:/NAME/VERSION` URI names; None if there is none."""
-    from mlflow.exceptions import MlflowException
-
-    name, number, _ = parse(uri)
-    if not number:
-        return None
-    try:
-        return store.client.get_model_version(name, number)
-    except MlflowException as e:
-        if e.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise Failure(f"{uri}: {str(e).splitlines()[0]}") from e
-        return None
 
 
 # Columns.
@@ -300,7 +178,7 @@ def _makers(
         columns: `columns(record)` are the names of those that a run has made.
     """
     makers: dict[tuple[str, str], list[tuple[PastRun, Any]]] = {}
-    for run in _past_runs(store, f"tags.`longtake.kind` = '{kind}'"):
+    for run in past_runs(store, f"tags.`longtake.kind` = '{kind}'"):
         with contextlib.suppress(UserError, Failure):
             record = read(run.uri or run.output)
             for name in columns(record):
@@ -332,7 +210,7 @@ def _unused(
     # who may be reading
     readers = [
         run
-        for run in _past_runs(store, "attributes.status = 'RUNNING'")
+        for run in past_runs(store, "attributes.status = 'RUNNING'")
         if run in past or any(value.startswith(recipe.workspace) for value in run.params.values())
     ]
     for dataset in sorted({run.output for run in past if run.kind == "shard"}):
@@ -384,7 +262,7 @@ def _use_of_encoder(store: Runs, uri: str, encoders: set[str]) -> str | None:
     """The use that an encoder still has; None if it has none."""
     if uri in encoders:
         return f"a stage of the recipe names its encoder {uri}"
-    version = _version(store, uri)
+    version = version_of(store, uri)
     aliases = list(version.aliases) if version else []
     return f"its encoder {uri} is {' and '.join(sorted(aliases))}" if aliases else None
 

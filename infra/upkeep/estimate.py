@@ -7,6 +7,7 @@ already. Given up: hours are those of the machines that the rates were measured 
 and nothing predicts what a filter would drop of other footage.
 """
 
+import contextlib
 import os
 import shutil
 import signal
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from longtake.datasets import compact, index, schema, storage
+from longtake.datasets.errors import UserError
 from longtake.datasets.stage import RUN, cost
 from longtake.infra import graph, runner, runs, yaml_text
 from longtake.infra.graph import Node
@@ -246,10 +248,14 @@ def _training(node: Node, store: Runs, alike: list[Any]) -> Stage | None:
 
 def _checkpoints(config: Any, alike: list[Any]) -> Range | None:
     """Bytes of the checkpoints that are kept, each as large as those of earlier runs; None if there are none."""
-    sizes = []
-    for run in alike:
-        folder = Path(config.run.checkpoints or storage.join(run.data.tags.get("longtake.output", ""), "checkpoints"))
-        sizes += [float(debris.size(str(path))) for path in folder.glob("step-*")] if folder.is_dir() else []
+    from longtake.training.checkpoint import former_place, place_of
+
+    folders = set()
+    for output in filter(None, (run.data.tags.get("longtake.output") for run in alike)):
+        # a remote workspace and no folder: none has run
+        with contextlib.suppress(UserError):
+            folders |= {place(config.run, output).folder for place in (place_of, former_place)}
+    sizes = [float(debris.size(str(path))) for folder in folders for path in folder.glob("step-*")]
     kept = config.run.keep_checkpoints + (config.steps // config.run.keep_every if config.run.keep_every else 0)
     return Range(statistics.mean(sizes), min(sizes), max(sizes)).times(kept) if sizes else None
 

@@ -201,7 +201,7 @@ def test_killed_at_its_worst_moments_it_ends_the_same(finished: Path, footage: P
 
 
 def test_ctrl_c_saves_says_how_to_go_on_and_goes_on(finished: Path, footage: Path) -> None:
-    """A longer training on the data that is there."""
+    """A training that has finished and goes on, on the data that is there."""
     more = [*SHORT, "--set", "stages.vae.steps=2000", "--set", "stages.vae.run.checkpoint_every=1000"]
     folders = set(finished.glob("runs/quickstart/vae/*"))
     child = start(finished, footage, more, subprocess.PIPE)
@@ -209,14 +209,15 @@ def test_ctrl_c_saves_says_how_to_go_on_and_goes_on(finished: Path, footage: Pat
     deadline = time.time() + 200
     said = ""
     # some steps of the training are done
-    while not re.search(r"train: .*\| [2-9]\d*/2000 ", said.partition("vae: running")[2]) and time.time() < deadline:
+    while not re.search(r"train: .*\| (?!30/)\d+/2000 ", said.partition("vae: running")[2]) and time.time() < deadline:
         said += os.read(child.stdout.fileno(), 1 << 16).decode(errors="replace")
     assert "shards: reused" in said, said
     os.killpg(child.pid, signal.SIGINT)
     rest = child.communicate(timeout=60)[0]
     assert child.returncode == 130 and "run the same command again" in rest and "Traceback" not in rest, rest
-    (folder,) = set(finished.glob("runs/quickstart/vae/*")) - folders
-    assert list(folder.glob("checkpoints/step-*")), rest
+    (place,) = re.findall(r"^vae: goes on in (\S+); --force begins anew", said, re.MULTILINE)
+    assert set(finished.glob("runs/quickstart/vae/*")) == folders
+    assert max(path.name for path in Path(place).glob("checkpoints/step-*")) > "step-00000030", rest
     assert "killed" in longtake(finished, footage, "status", short(finished), *more).stdout
 
 

@@ -13,6 +13,7 @@ from longtake.infra import graph, recipe
 from longtake.infra.cli import cli
 from longtake.infra.deploy import Deploy, environment
 from longtake.pipeline.stages import shard
+from longtake.training.checkpoint import Place, place_of
 
 GOOD: dict[str, Any] = {
     "name": "small",
@@ -292,6 +293,27 @@ def test_what_can_be_reached_again_reruns_its_stage_and_all_after_it(
     after = graph.build(graph.pin(loaded))
     assert [n.output for n in after][:1] == [n.output for n in before][:1], "it adds to the same dataset"
     assert all(a.fingerprint != b.fingerprint for a, b in zip(after, before, strict=True))
+
+
+def test_each_night_with_new_videos_trains_in_a_place_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of retrain.yaml with a URL and named checkpoints; one that was stopped goes on where it was."""
+    (tmp_path / "a.mp4").write_bytes(b"one")
+    for name, value in (("VIDEOS", str(tmp_path)), ("WORKSPACE", "s3://lab/retrain")):
+        monkeypatch.setenv(name, value)
+
+    def place() -> Place:
+        at = [f"stages.vae.run.checkpoints={tmp_path}/named", "stages.vae.run.upload=s3://lab/copies"]
+        loaded = recipe.load("retrain", at)
+        [vae] = [node for node in graph.build(graph.pin(loaded)) if node.name == "vae"]
+        config: Any = vae.config
+        return place_of(config.run, vae.output)
+
+    first = place()
+    assert place() == first and first.folder.parent == tmp_path / "named"
+    (tmp_path / "b.mp4").write_bytes(b"two")
+    assert place().folder != first.folder and place().upload != first.upload
 
 
 def test_the_recipe_of_the_papers_trains_as_they_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -295,3 +295,37 @@ def test_a_workspace_may_have_an_odd_path(tmp_path: Path, with_store: Callable[[
 def test_a_workspace_where_no_store_can_lie_is_refused_by_its_key(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match=r"r.yaml: workspace .* choose another path, or set MLFLOW_TRACKING_URI"):
         opened(tmp_path, tmp_path / name)
+
+
+def test_a_training_goes_on_where_it_was_by_other_steps_another_name_and_after_force(
+    tmp_path: Path, with_store: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_store(tmp_path / "ws")
+    store, _ = opened(tmp_path, tmp_path / "ws")
+
+    def node(**changes: Any) -> Node:
+        stage = VAE | {"sizes": [[32, 32]], "lambda_gan": 0} | changes
+        content = {"name": "kept", "workspace": str(tmp_path / "ws"), "stages": {"vae": stage}}
+        (tmp_path / "r.yaml").write_text(yaml.safe_dump(content))
+        return graph.build(recipe.load(str(tmp_path / "r.yaml")))[0]
+
+    # a run that has failed, with updates to leave out; more steps; a name
+    run_id, output = store.open(node(steps=100), None)
+    store.end(run_id, "FAILED", "not finite")
+    capsys.readouterr()
+    left_out, place = store.open(node(steps=100, skip_nonfinite=3), None)
+    assert left_out != run_id and place == output == node(steps=100).output != node(steps=100, skip_nonfinite=3).output
+    assert capsys.readouterr().out == f"vae: goes on in {output}; --force begins anew\n"
+    store.finish(left_out, {"uri": "models:/pv-vae/1"})
+    longer, place = store.open(node(steps=200), None)
+    assert place == output == store.output_of(node(steps=200, name="better"))
+    store.finish(longer, {"uri": "models:/pv-vae/2"})
+
+    # a training that has finished with more steps is another, and so is one of other settings
+    assert store.output_of(node(steps=50)) == node(steps=50).output
+    assert store.output_of(node(steps=200, lr=0.5)) == node(steps=200, lr=0.5).output
+
+    # a run from nothing replaces what was before
+    _, anew = store.open(node(steps=200), None, fresh=True)
+    assert anew.startswith(f"{node(steps=200).output}-")
+    assert store.open(node(steps=300), None)[1] == anew == store.output_of(node(steps=200, name="better"))

@@ -5,32 +5,60 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from longtake.datasets import storage
 from longtake.datasets.errors import Busy, Failure, UserError
+from longtake.datasets.stage import content
 from longtake.training.checkpoint.weights import damaged
-from longtake.training.config import TrainConfig
+from longtake.training.config import RunConfig, TrainConfig
 
 
-def folder_of(config: TrainConfig, output: str) -> Path:
-    """The folder of a stage's checkpoints: `checkpoints`, if it is named, else one in the stage's output.
+class Place(NamedTuple):
+    """Where a stage keeps its checkpoints.
 
-    An output OUTPUT-SUFFIX, of a run that starts from nothing, has its own folder in `checkpoints` too.
+    folder   on a disk that all its processes share
+    upload   URL of the copies; None where there are none
+    """
+
+    folder: Path
+    upload: str | None
+
+
+def place_of(run: RunConfig, output: str) -> Place:
+    """The place of the checkpoints of a stage that works in `output`.
+
+    Named `checkpoints` and `upload` have a part for each output, which has its name: DIGEST, or DIGEST-SUFFIX of a run that
+    starts from nothing. Without them checkpoints are in the output.
 
     Raises:
         UserError: the output is remote and no folder is named.
     """
-    if config.run.checkpoints is None and not storage.is_local(output):
+    part = output.rstrip("/").rpartition("/")[2]
+    upload = storage.join(run.upload, part) if run.upload else None
+    if run.checkpoints is not None:
+        return Place(Path(run.checkpoints) / part, upload)
+    if not storage.is_local(output):
         raise UserError(
             f"checkpoints: {output} is remote; name a local folder that all processes share, and upload: to keep a copy"
         )
-    if config.run.checkpoints is None:
-        return Path(storage.join(output, "checkpoints"))
+    return Place(Path(storage.join(output, "checkpoints")), upload)
+
+
+def former_place(run: RunConfig, output: str) -> Place:
+    """The place by versions whose named folders and URLs had no parts, but for one named SUFFIX in a folder."""
     suffix = output.rstrip("/").rpartition("/")[2].partition("-")[2]
-    return Path(config.run.checkpoints) / suffix
+    folder = place_of(run, output).folder if run.checkpoints is None else Path(run.checkpoints) / suffix
+    return Place(folder, run.upload)
+
+
+def differences(config: TrainConfig, saved: Mapping[str, Any]) -> list[str]:
+    """The settings that are others than those of a checkpoint, but for those that may change: `KEY: OLD there, NEW here`."""
+    now = content(config)
+    names = sorted((now.keys() | saved.keys()) - set(config.MAY_CHANGE))
+    return [f"{k}: {saved.get(k)} there, {now.get(k)} here" for k in names if now.get(k) != saved.get(k)]
 
 
 @contextlib.contextmanager

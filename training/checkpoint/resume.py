@@ -1,10 +1,12 @@
 """Reading checkpoints: state back into engines, whatever the number of processes, and the weights of a finished training."""
 
+import itertools
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,12 @@ from longtake.datasets.errors import Failure
 from longtake.training.checkpoint.folder import latest, meta
 from longtake.training.checkpoint.weights import RAW, Weights, damaged
 from longtake.training.config import TrainConfig
-from longtake.training.engines import lora
+from longtake.training.engines import alone, lora
 from longtake.training.engines.ema import label
 
 _UNIVERSAL = "universal"
 _OWN = ("weight_decay", "fused")  # of a group of parameters: as this training has it, not as the checkpoint had it
+_numbers = itertools.count()
 
 
 def for_world(folder: Path, names: Sequence[str], zero_stage: int) -> bool:
@@ -34,20 +37,24 @@ def for_world(folder: Path, names: Sequence[str], zero_stage: int) -> bool:
     path, world = latest(folder), torch.distributed.get_world_size()
     if path is None or zero_stage == 0 or meta(path)["world"] == world:
         return False
-    errors = [""]
-    if torch.distributed.get_rank() == 0 and not (path / _UNIVERSAL).exists():
-        try:
-            errors = [_convert(path, names, zero_stage)]
-        except OSError as e:
-            # such as a full disk: the other ranks wait
-            errors = [str(e)]
-    # also the barrier that all wait at
-    torch.distributed.broadcast_object_list(errors, src=0)
-    if errors[0]:
-        raise Failure(
-            f"{path}: could not be converted for {world} processes ({errors[0]}); go on with as many as before"
-        )
+    alone(f"convert/{next(_numbers)}", partial(_make_universal, path, names, zero_stage))
     return True
+
+
+def _make_universal(path: Path, names: Sequence[str], zero_stage: int) -> None:
+    """Write `path/universal`, unless it is there. Raises Failure."""
+    if (path / _UNIVERSAL).exists():
+        return
+    try:
+        error = _convert(path, names, zero_stage)
+    except OSError as e:
+        # such as a full disk
+        error = str(e)
+    if error:
+        raise Failure(
+            f"{path}: could not be converted for {torch.distributed.get_world_size()} processes ({error}); go on with as many as"
+            " before"
+        )
 
 
 def _convert(path: Path, names: Sequence[str], zero_stage: int) -> str:

@@ -18,12 +18,12 @@ from longtake.datasets.errors import Failure
 from longtake.training.checkpoint import weights
 from longtake.training.checkpoint.folder import latest, step_of
 from longtake.training.checkpoint.upload import Copies
-from longtake.training.engines import store
+from longtake.training.engines import alone, store
 from longtake.training.engines.ema import Averages
 
 _LAST_PATIENCE = 60.0  # seconds, where the training has ended with an error
 _PUBLISHED = "done"
-_numbers = itertools.count()
+_numbers, _trainings = itertools.count(), itertools.count()
 
 
 class Checkpoints:
@@ -48,6 +48,7 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
         self._copies: Copies | None = None
+        self._uploads, self._training = upload is not None, next(_trainings)
         self._rank, self._world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         if self._rank == 0:
             # the debris of a killed process
@@ -70,9 +71,10 @@ class Checkpoints:
             # another rank may be gone, and the launcher waits for this one
             self._patience = min(self._patience, _LAST_PATIENCE)
         with contextlib.suppress(*((Exception,) if kind else ())):
-            self.wait()
-            if self._copies:
-                self._copies.finish()
+            if self._rank or not self._uploads:
+                self.wait()
+            if self._uploads and not (self._rank and kind):
+                alone(f"copies/{self._training}", self._settle)
         self._thread.shutdown(wait=False)
 
     def save(self, engines: Mapping[str, Any], lead: str, averages: Averages, meta: Mapping[str, Any]) -> None:
@@ -110,6 +112,11 @@ class Checkpoints:
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
+
+    def _settle(self) -> None:
+        self.wait()
+        assert self._copies
+        self._copies.finish()
 
     def _commit(self, scratch: Path, final: Path, number: int) -> None:
         """Rename a checkpoint once the files of all ranks are on their disks; runs in the thread of each rank."""

@@ -3,6 +3,8 @@
 A store that fails does not end the training: the next checkpoint is tried, and only the last one counts.
 """
 
+import itertools
+import json
 import re
 import shutil
 import sys
@@ -12,11 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from longtake.datasets import storage
 from longtake.datasets.errors import Failure
 from longtake.datasets.masking import shown
+from longtake.training.engines import alone
+
+_numbers = itertools.count()
 
 
 class Copies:
@@ -103,15 +106,7 @@ def _latest(url: str) -> str | None:
 
 def fetch(folder: Path, url: str) -> None:
     """Get the latest checkpoint that was uploaded to `url` where there is none here. Every rank must call it."""
-    errors = [""]
-    if torch.distributed.get_rank() == 0:
-        try:
-            fetch_alone(folder, url)
-        except Failure as e:  # the other ranks wait
-            errors = [str(e)]
-    torch.distributed.broadcast_object_list(errors, src=0)
-    if errors[0]:
-        raise Failure(errors[0])
+    alone(f"fetch/{next(_numbers)}", partial(fetch_alone, folder, url))
 
 
 def fetch_alone(folder: Path, url: str) -> None:
@@ -121,6 +116,15 @@ def fetch_alone(folder: Path, url: str) -> None:
             _download(folder, url)
         except Exception as e:  # whatever a store's client raises
             raise Failure(f"{shown(url)}: could not be fetched ({_line(e)})") from e
+
+
+def maker(url: str) -> str | None:
+    """The run of MLflow that made the latest checkpoint at `url`; None where there is none. Raises Failure."""
+    try:
+        name = _latest(url)
+        return None if name is None else str(json.loads(storage.read(storage.join(url, name, "meta.json"))).get("run"))
+    except Exception as e:  # likewise
+        raise Failure(f"{shown(url)}: could not be read ({_line(e)})") from e
 
 
 def _download(folder: Path, url: str) -> None:

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from longtake.datasets.errors import UserError
 from longtake.training.config import TrainConfig
 from longtake.training.engines import lora, muon
-from longtake.training.engines.group import device, process_group, store
+from longtake.training.engines.group import alone, device, process_group, store
 from longtake.training.engines.sequence import groups_of, place, pretend_to_share, share_windows
 from longtake.training.engines.shards import Fragment, fragments, gradient_norms, overwrite
 from longtake.training.engines.updates import finish, gradient_norm, left_out
 
 __all__ = [
     "Fragment",
+    "alone",
     "channels_last",
     "deepspeed_config",
     "device",

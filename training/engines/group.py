@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
@@ -163,6 +163,33 @@ def device() -> torch.device:
 def store() -> Any:
     """The key-value store that the ranks of the process group share; threads may use it while collectives run."""
     return torch.distributed.distributed_c10d._get_default_store()
+
+
+def alone(name: str, action: Callable[[], None]) -> None:
+    """Do something on the first rank, while the others wait for as long as it takes: a collective would give up.
+
+    Every rank calls it, with a name that is used once.
+
+    Raises:
+        Failure: on the other ranks, where it has failed on the first, which raises its own error.
+    """
+    shared, key = store(), f"longtake/alone/{name}"
+    if torch.distributed.get_rank() == 0:
+        outcome = "rank 0 has failed"
+        try:
+            action()
+            outcome = ""
+        except Exception as e:
+            outcome = str(e) or type(e).__name__
+            raise
+        finally:
+            shared.set(key, outcome)
+        return
+    # polled, since waiting would be deaf to signals, and would keep the store from other threads
+    while not shared.check([key]):
+        time.sleep(0.05)
+    if error := shared.get(key).decode():
+        raise Failure(error)
 
 
 @contextmanager

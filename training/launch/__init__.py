@@ -7,6 +7,7 @@ UserError is not. Only the first error of an attempt is reported, not the ones i
 
 import atexit
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -27,6 +28,8 @@ __all__ = ["FailedElsewhere", "launched", "run", "share", "stop_requested", "tog
 T = TypeVar("T")
 _SHARED, _ERROR, _PRINTED = "longtake/shared", "longtake/error", "longtake/printed"
 _DAY = 86400.0
+
+_shares = itertools.count()  # every rank shares the same, in the same order
 
 _end_group: Callable[[], None] | None = None  # ends the process group of ranks that a launcher has started
 
@@ -146,12 +149,12 @@ def share(make: Callable[[], T]) -> T:
         return make()
     from longtake.training import engines
 
-    store = engines.store()
+    store, key = engines.store(), f"{_SHARED}/{next(_shares)}"
     if os.environ["RANK"] != "0":
-        while not store.check([_SHARED]):
+        while not store.check([key]):
             # waiting in the store itself would be deaf to signals
             time.sleep(0.05)
-        value = json.loads(store.get(_SHARED))
+        value = json.loads(store.get(key))
         if value is None:
             raise FailedElsewhere(Error("Failure", "rank 0 has failed"))
         return value[0]
@@ -159,7 +162,7 @@ def share(make: Callable[[], T]) -> T:
         value = make()
     except BaseException as e:
         _earlier_error(store, 0, error_of(e))
-        store.set(_SHARED, "null")
+        store.set(key, "null")
         raise
-    store.set(_SHARED, json.dumps([value]))
+    store.set(key, json.dumps([value]))
     return value

@@ -18,6 +18,7 @@ from longtake.datasets.tokens import read_tokens
 from longtake.training.foreign.folder import digests_of, is_foreign, parts_for
 from longtake.training.registry import pipelines, store
 from longtake.training.registry.disk import digest, read_config
+from longtake.training.registry.uri import parse
 
 _FILE = "lineage.json"  # in the folder of checkpoints
 _MODELS = (
@@ -105,6 +106,50 @@ def _git() -> dict[str, Any] | None:
     return {"revision": revision, "dirty": None if changes is None else bool(changes)} if revision else None
 
 
+def begin(inputs: Mapping[str, str], folder: Path, begun: Mapping[str, Any] | None) -> None:
+    """Keep the lineage of a training in `folder`, before its first process starts.
+
+    Args:
+        begun: meta.json of the checkpoint that it goes on from. Its lineage counts, wherever the checkpoint was before.
+
+    Raises:
+        UserError: the checkpoint was made from other inputs; and as `pinned`.
+    """
+    path = folder / _FILE
+    if begun is None:
+        # of an attempt that ended before its first checkpoint: inputs may have changed since
+        path.unlink(missing_ok=True)
+    elif begun.get("lineage"):
+        storage.write(str(path), storage.canonical_json(begun["lineage"]))
+    pinned(inputs, folder)
+    if begun is not None and (changed := differences(inputs, folder)):
+        raise UserError(
+            f"{folder}: its checkpoint was made from other inputs ({', '.join(changed)}); bring them back, or use --force to"
+            " begin anew"
+        )
+
+
+def differences(inputs: Mapping[str, str], folder: Path) -> list[str]:
+    """The inputs that are others than those kept in `folder`: `FIELD: URI there, URI here`, or that one has changed.
+
+    An alias that has moved since is no other input: the training keeps the version that it began with.
+    """
+    recorded, found = (kept(folder) or {"inputs": {}})["inputs"], []
+    for field, uri in inputs.items():
+        was = recorded.get(field, {"uri": "nothing"})
+        model, version, alias = parse(uri)
+        if (alias or version == "latest") and parse(was["uri"]).name == model:
+            continue
+        if _identity(_input(field, uri)) != _identity(was):
+            both = f"{was['uri']} there, {shown(uri)} here"
+            found.append(f"{field}: {both if was['uri'] != shown(uri) else f'{shown(uri)} has changed'}")
+    return found
+
+
+def _identity(record: Mapping[str, Any]) -> str:
+    return str(record.get("sha256") or record.get("digest") or record["uri"])
+
+
 def pinned(inputs: Mapping[str, str], folder: Path) -> dict[str, str]:
     """The inputs with the models' versions as of the beginning of this training; the lineage is kept in `folder`.
 
@@ -124,9 +169,10 @@ def pinned(inputs: Mapping[str, str], folder: Path) -> dict[str, str]:
     recorded = read(folder)["inputs"]
     for name, uri in inputs.items():
         now = _of_folder(name, uri) if name in _MODELS else None
-        if now and now != recorded[name].get("sha256"):
+        if now and now != recorded.get(name, {}).get("sha256"):
             raise UserError(
-                f"{name}: {uri} is another model than when this training began; bring it back, or use --force"
+                f"{name}: {uri} is another model than when this training began; bring it back, or use --force to"
+                f" begin anew, elsewhere than in {folder}"
             )
     return dict(inputs) | {name: recorded[name]["uri"] for name in _MODELS if name in recorded}
 
@@ -134,3 +180,8 @@ def pinned(inputs: Mapping[str, str], folder: Path) -> dict[str, str]:
 def read(folder: Path) -> dict[str, Any]:
     """The lineage that `pinned` has kept."""
     return dict(json.loads((folder / _FILE).read_bytes()))
+
+
+def kept(folder: Path) -> dict[str, Any] | None:
+    """`read`, for a checkpoint; None for a training without inputs of ours."""
+    return read(folder) if (folder / _FILE).exists() else None

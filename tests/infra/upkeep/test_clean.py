@@ -215,6 +215,28 @@ def test_a_workspace_with_an_apostrophe_in_its_path_loses_the_same(
     assert [Path(item.paths[-1]).name for item in here.find()[0].values()] == ["step-00000001"]
 
 
+def test_in_the_parts_of_a_named_folder_and_of_its_copies_what_a_stage_would_go_on_from_stays(here: Workspace) -> None:
+    named, far = here.folder / "named", here.folder / "far"
+    places = {"checkpoints": str(named), "upload": str(far)}
+    made = {}
+    for lr in (0.5, 0.25):
+        run, output = here.ran("vae", "FINISHED", uri=here.registered(), lr=lr, **places)
+        made[lr] = Path(output).name
+        for step in (1, 2):
+            checkpoint(named / made[lr], step, run)
+        checkpoint(far / made[lr], 2, run)
+    items, _ = here.find(lr=0.25, steps=9, **places)
+    assert {*items} == {
+        f"{named}/{made[0.25]}/step-00000001",
+        *(f"{named}/{made[0.5]}/step-0000000{step}" for step in (1, 2)),
+        f"{far}/{made[0.5]}",
+    }
+    for item in items.values():
+        clean.remove(item, here.open()[2])
+    assert [path.name for path in far.iterdir()] == [made[0.25]]
+    assert not here.find(lr=0.25, steps=9, **places)[0]
+
+
 def test_links_are_not_followed(here: Workspace) -> None:
     _, output = here.ran("vae", "FINISHED", steps=2)
     outside = here.folder / "outside"

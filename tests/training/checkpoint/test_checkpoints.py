@@ -20,7 +20,6 @@ from longtake.datasets import storage
 from longtake.datasets.errors import Failure, UserError
 from longtake.training import checkpoint
 from longtake.training.checkpoint import upload as copies
-from longtake.training.config import TrainConfig
 
 
 @pytest.fixture(autouse=True)
@@ -83,9 +82,15 @@ def test_a_checkpoint_of_other_settings_is_refused_and_the_keys_are_named(tmp_pa
     small.fit(tmp_path, steps=7, log_every=5)
 
 
+def test_fewer_steps_than_a_checkpoint_has_are_refused(tmp_path: Path, group: None) -> None:
+    small.fit(tmp_path)
+    with pytest.raises(UserError, match=r"step-00000006: has more steps than steps: 5; raise that, or begin anew"):
+        small.fit(tmp_path, steps=5)
+
+
 def test_a_checkpoint_of_another_dataset_is_refused(tmp_path: Path, group: None) -> None:
     small.fit(tmp_path)
-    with pytest.raises(UserError, match="belongs to another dataset"):
+    with pytest.raises(UserError, match=r"step-00000006: .*belongs to another dataset"):
         small.fit(tmp_path, stream=small.Rows(data="others"), steps=7)
 
 
@@ -294,13 +299,6 @@ def test_a_kill_at_any_moment_leaves_a_checkpoint_that_goes_on_exactly(tmp_path:
     )
 
 
-def test_a_run_from_nothing_has_a_folder_of_its_own_among_named_checkpoints(tmp_path: Path) -> None:
-    config = TrainConfig(run={"checkpoints": str(tmp_path)})
-    assert checkpoint.folder_of(config, "s3://lab/my-run/vae/0a1b") == tmp_path
-    assert checkpoint.folder_of(config, "s3://lab/my-run/vae/0a1b-77ff") == tmp_path / "77ff"
-    assert checkpoint.folder_of(TrainConfig(), f"{tmp_path}/vae/0a1b-77ff") == tmp_path / "vae/0a1b-77ff/checkpoints"
-
-
 @pytest.mark.parametrize("text", ["", "step-0000", "step-00000099", "../elsewhere"])
 def test_a_latest_that_names_nothing_tells_which_step_is_whole(tmp_path: Path, text: str) -> None:
     for step in ("step-00000003", "step-00000006"):
@@ -310,3 +308,31 @@ def test_a_latest_that_names_nothing_tells_which_step_is_whole(tmp_path: Path, t
     (tmp_path / "latest").write_text(text)
     with pytest.raises(Failure, match=r"names no checkpoint that is here .* write step-00000006 into it"):
         checkpoint.latest(tmp_path)
+
+
+SLOW_STORE = """
+import json, sys, time
+from datetime import timedelta
+from pathlib import Path
+import torch
+from longtake.training import checkpoint
+from longtake.training.checkpoint import resume, upload
+folder = Path(json.loads(sys.stdin.readline())["folder"])
+torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=2))
+began = []
+for module, name in ((upload, "_download"), (upload, "_upload"), (resume, "_convert")):
+    setattr(module, name, lambda *_, name=name: [began.append(name), time.sleep(3), ""][-1])
+upload.fetch(folder / "empty", str(folder / "far"))
+checkpoint.for_world(folder, ["generator"], 1)
+with checkpoint.Checkpoints(folder, 1, upload=str(folder / "far")):
+    pass
+torch.distributed.barrier()
+print(json.dumps({"began": began}), flush=True)
+"""
+
+
+def test_ranks_wait_for_copies_and_conversions_longer_than_for_each_other(tmp_path: Path, ranks: Any) -> None:
+    (tmp_path / "step-00000001").mkdir()
+    (tmp_path / "step-00000001" / "meta.json").write_text('{"world": 3}')
+    (tmp_path / "latest").write_text("step-00000001")
+    assert ranks(2, SLOW_STORE).work(tmp_path) == [{"began": ["_download", "_convert", "_upload"]}, {"began": []}]
