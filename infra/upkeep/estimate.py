@@ -165,9 +165,10 @@ def _untried(nodes: Sequence[Node]) -> set[str]:
 
 
 def _shard(node: Node, store: Runs, sample: int) -> tuple[Stage, list[SampledSource]]:
-    count, total, drawn = draw(node.config.sources, sample)  # type: ignore[attr-defined]
-    finished = len(index.read_sources(node.output)) if storage.exists(storage.join(node.output, "dataset.json")) else 0
-    share = max(0, count - finished) / count  # of the sources, still to do
+    there = storage.exists(storage.join(node.output, "dataset.json"))
+    known = index.read_sources(node.output)["uri"] if there else None
+    count, total, finished, drawn = draw(node.config.sources, sample, known)  # type: ignore[attr-defined]
+    share = (count - finished) / count  # of the sources, still to do
     measured = [measure(uri, size, node.config) for uri, size in drawn]
     readable = [source for source in measured if source is not None]
     if not sum(source.bytes for source in readable):

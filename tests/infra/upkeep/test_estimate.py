@@ -87,15 +87,33 @@ def test_of_all_sources_looked_into_the_clips_and_bytes_are_those_that_sharding_
     assert found["disk"]["free"] > found["disk"]["needed"]["high"] and found["disk"]["enough"]
 
 
+def measured(uri: str, size: int, _: Any) -> sample.SampledSource:
+    """In place of `sources.measure`: four clips and a second."""
+    return sample.SampledSource(uri, size, 6.0, 64, 64, 4.0, 1000.0, 1.0, "")
+
+
+def test_sources_that_are_in_the_dataset_already_cost_nothing_and_others_do(
+    footage: Path, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate, "measure", measured)
+    shutil.copytree(footage, tmp_path / "others")
+    for sources, todo in ((footage, False), (tmp_path / "others", True)):
+        path = write(tmp_path, sources)
+        shutil.copytree(dataset, opened(path)[1][0].output)
+        shards = told(path, sample=1)[1]["shards"]
+        assert (shards["cpu_hours"]["value"] > 0) == ("in the dataset already" not in shards["how"]) == todo
+
+
 def test_a_sample_gives_a_range_and_is_the_same_each_time(footage: Path, tmp_path: Path) -> None:
     path = write(tmp_path, footage)
-    count, total, chosen = sample.draw((str(footage),), 3)
+    count, total, known, chosen = sample.draw((str(footage),), 3)
     assert (
         count == 6
+        and known == 0
         and total == sum(p.stat().st_size for p in footage.glob("*.mp4"))
         and len({u for u, _ in chosen}) == 3
     )
-    assert (count, total, chosen) == sample.draw((str(footage),), 3)
+    assert (count, total, known, chosen) == sample.draw((str(footage),), 3)
     found, stages = told(path, sample=3)
     assert [s["uri"] for s in found["sources"]] == [u for u, _ in chosen]
     bytes_ = stages["shards"]["bytes"]
