@@ -83,7 +83,7 @@ def estimate(
     untried = _untried(nodes)
     settled = stages.keys() | measured.keys() | untried
     if trial_seconds and any(todo[node.name] and node.name not in settled for node in nodes):
-        tried, trial_error = _trial(recipe, sources, trial_seconds, clips, untried)
+        tried, trial_error = _trial(recipe, sources, store, trial_seconds, clips, untried)
         measured = tried | measured
 
     # what has finished costs nothing
@@ -251,8 +251,13 @@ def _checkpoints(config: Any, alike: list[Any]) -> Range | None:
     for run in alike:
         folder = Path(config.run.checkpoints or storage.join(run.data.tags.get("longtake.output", ""), "checkpoints"))
         sizes += [float(debris.size(str(path))) for path in folder.glob("step-*")] if folder.is_dir() else []
-    kept = config.run.keep_checkpoints + (config.steps // config.run.keep_every if config.run.keep_every else 0)
-    return Range(statistics.mean(sizes), min(sizes), max(sizes)).times(kept) if sizes else None
+    return Range(statistics.mean(sizes), min(sizes), max(sizes)).times(_kept(config)) if sizes else None
+
+
+def _kept(config: Any) -> int:
+    """The number of checkpoints that a training leaves."""
+    run = config.run
+    return int(run.keep_checkpoints + (config.steps // run.keep_every if run.keep_every else 0))
 
 
 def _pass_over_clips(node: Node, alike: list[Any], clips: Range | None) -> Stage | None:
@@ -291,6 +296,7 @@ def _product(one: Range, two: Range) -> Range:
 def _trial(
     recipe: Recipe,
     sources: list[SampledSource],
+    store: Runs,
     seconds: float,
     clips: Mapping[str, Range | None],
     untried: Set[str],
@@ -319,6 +325,8 @@ def _trial(
                 os.environ.pop(name, None)
                 if value is not None:
                     os.environ[name] = value
+            # MLflow remembers the trial's store, which is about to go
+            runs.client_of(store.tracking_uri)
         return {k: _scaled(stage, recipe.stages[k], short.stages[k]) for k, stage in measured.items()}, error
 
 
@@ -353,7 +361,7 @@ def _stop(child: "subprocess.Popen[bytes]") -> None:
 
 def _shortened(recipe: Recipe, uris: list[str], workspace: str) -> dict[str, Any]:
     content: dict[str, Any] = yaml_text.parse(recipe.to_yaml(), recipe.path)
-    content |= {"name": "trial", "workspace": workspace, "outside": {}}
+    content |= {"name": "trial", "workspace": workspace, "outside": {}, "deploy": {}}
     for name, stage in content["stages"].items():
         if stage["kind"] == "shard":
             # so that both splits get clips
@@ -368,6 +376,9 @@ def _shortened(recipe: Recipe, uris: list[str], workspace: str) -> dict[str, Any
 
 def _scaled(stage: Stage, real: Any, short: Any) -> Stage:
     """The trial's costs of a stage, scaled to the steps of the recipe."""
-    times = real.steps / short.steps if isinstance(real, TrainConfig) else 1.0
-    hours = {k: v and v.times(times) for k, v in vars(stage).items() if k.endswith("_hours")}
-    return replace(stage, how=f"a trial on the sample, here, by one process: {stage.how}", **hours)
+    times, more = (
+        (real.steps / short.steps, _kept(real) / _kept(short)) if isinstance(real, TrainConfig) else (1.0, 1.0)
+    )
+    scaled = {k: v and v.times(times) for k, v in vars(stage).items() if k.endswith("_hours")}
+    scaled["bytes"] = stage.bytes and stage.bytes.times(more)
+    return replace(stage, how=f"a trial on the sample, here, by one process: {stage.how}", **scaled)

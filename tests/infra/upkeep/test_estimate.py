@@ -286,6 +286,32 @@ def test_sources_that_are_not_there_are_one_line(tmp_path: Path) -> None:
         opened(write(tmp_path, tmp_path / "nowhere"))
 
 
+def test_a_trial_leaves_out_stages_with_what_is_said_of_them_and_counts_all_checkpoints(
+    dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_store: Callable[[Path], None]
+) -> None:
+    import mlflow
+
+    def tried(path: Path, _: float) -> str:
+        loaded = recipe.load(str(path))
+        with_store(Path(loaded.workspace))
+        with monkeypatch.context() as patched:
+            patched.setenv("MLFLOW_TRACKING_URI", "")
+            trained(runs.connect(loaded), graph.build(loaded)[0], [1.0, 1.0])
+        return ""
+
+    monkeypatch.setattr(estimate, "_run_within", tried)
+    vae = TRAINING | {"dataset": dataset, "view": None, "keep_every": 3600}
+    stages = {"vae": nested(vae), "latents": {"kind": "cache_latents", "dataset": dataset, "encoder": "vae"}}
+    deploy = {"resources": {"latents": {"cpus": 2}}}
+    content = {"name": "priced", "workspace": str(tmp_path / "ws"), "stages": stages, "deploy": deploy}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(content))
+    found, told_of = told(str(tmp_path / "r.yaml"), trial_seconds=60)
+    assert told_of["vae"]["wall_hours"]["value"] == 2.0 and "a trial" in told_of["vae"]["how"]
+    assert told_of["vae"]["bytes"]["value"] == (2 + 2) * 5000, "keep_checkpoints of them, and two of keep_every"
+    assert [line for line in found["unknown"] if line.startswith("latents: ")]
+    assert mlflow.get_tracking_uri() == f"sqlite:///{tmp_path}/ws/mlflow.db"
+
+
 @pytest.mark.soak
 def test_a_trial_measures_what_no_run_has_and_leaves_nothing(
     footage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
