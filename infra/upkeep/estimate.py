@@ -35,6 +35,7 @@ TRIAL_STEPS = 5
 # stages that write something for each clip
 _WRITERS = ("score", "cluster", "cache_text", "cache_audio", "cache_latents", "cache_tokens")
 _PASSES = ("curate", "caption", *_WRITERS)  # stages whose time goes by the clip
+_OWN_SHARDS = ("encoded_shards", "made_shards", "captioned_shards")  # metrics of theirs: what a run has not found done
 
 
 @dataclass(frozen=True)
@@ -264,10 +265,10 @@ def _pass_over_clips(node: Node, alike: list[Any], clips: Range | None) -> Stage
     """The costs of a stage that passes over all clips, by the clip; None if no run has finished, or no clips are known."""
     finished = [(r, r.data.metrics) for r in alike if r.info.status == "FINISHED"]
     # a run that found most of its work done took the time of the rest
-    timed = [(r, n) for r, metrics in finished if (n := metrics.get("scored_clips", _clips_of(metrics)))]
+    timed = [(r, n) for r, metrics in finished if (n := _own_clips_of(metrics))]
     if not timed or clips is None:
         return None
-    seconds = ratio([((r.info.end_time - r.info.start_time) / 1000, n) for r, n in timed])
+    seconds = ratio([(_seconds(r), n) for r, n in timed])
     wall = _product(seconds, clips).times(1 / 3600)
     written = [(r.data.metrics["bytes"], _clips_of(r.data.metrics)) for r, _ in timed if node.kind in _WRITERS]
     bytes_ = ratio(written) if written else None
@@ -284,6 +285,20 @@ def _pass_over_clips(node: Node, alike: list[Any], clips: Range | None) -> Stage
 
 def _clips_of(metrics: Mapping[str, float]) -> float:
     return metrics.get("clips") or metrics.get("clips_kept") or 0.0
+
+
+def _own_clips_of(metrics: Mapping[str, float]) -> float:
+    """The clips that a run has worked on, without those that it found done."""
+    if "scored_clips" in metrics:
+        return metrics["scored_clips"]
+    shards = [metrics[name] for name in _OWN_SHARDS if name in metrics]
+    share = sum(shards) / metrics["shards"] if shards and metrics.get("shards") else 1.0
+    return _clips_of(metrics) * share
+
+
+def _seconds(run: Any) -> float:
+    """How long a run took for that: a stopped one since it went on."""
+    return (run.info.end_time - int(run.data.tags.get(runs.RESUMED, run.info.start_time))) / 1000
 
 
 def _product(one: Range, two: Range) -> Range:

@@ -193,6 +193,40 @@ def test_latents_are_counted_by_the_clip(footage: Path, tmp_path: Path) -> None:
     assert stages["latents"]["bytes"]["value"] == pytest.approx(500.0 * stages["shards"]["clips"]["value"])
 
 
+def test_hours_by_the_clip_are_those_of_the_clips_that_a_run_has_made_itself(
+    footage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate, "measure", measured)
+    path = write(tmp_path, footage)
+    _, nodes, store = opened(path)
+    node = next(n for n in nodes if n.name == "latents")
+    hour = 3600_000
+
+    def ran(shards: float, hours: float) -> None:
+        run, _ = store.open(node, None)
+        tags = store.client.get_run(run).data.tags
+        start = int(tags.get(runs.RESUMED, store.client.get_run(run).info.start_time))
+        for name, value in {"clips": 1000.0, "bytes": 5e6, "shards": 10.0, "encoded_shards": shards}.items():
+            store.client.log_metric(run, name, value)
+        store.client.set_terminated(run, "FINISHED", start + int(hours * hour))
+
+    # one from nothing, and one that found nine of ten shards made; at a clip they are as fast
+    ran(10, 10)
+    ran(1, 1)
+    # one that was stopped, and went on with the last shard two days later
+    run, _ = store.open(node, None)
+    store.client.set_terminated(run, "KILLED")
+    later = runs.time.time() + 48 * 3600
+    monkeypatch.setattr(runs.time, "time", lambda: later)
+    for run in store.client.search_runs([store.experiment], "attributes.status = 'FINISHED'"):
+        store.client.set_tag(run.info.run_id, "longtake.fingerprint", "another")
+    ran(1, 1)
+    _, stages = told(path, sample=10)
+    assert stages["latents"]["wall_hours"]["value"] == pytest.approx(
+        0.01 * stages["shards"]["clips"]["value"], rel=0.01
+    )
+
+
 def test_scores_and_clusters_are_counted_by_the_clip_and_by_their_share_of_a_gpu(
     footage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
