@@ -26,6 +26,7 @@ from longtake.training.registry.store import everything
 _FINGERPRINT, _STAGE, _KIND, _OUTPUT, _URI, _ERROR = (
     f"longtake.{t}" for t in ("fingerprint", "stage", "kind", "output", "uri", "error")
 )
+RESUMED = "longtake.resumed"  # tag: when a run was last resumed, in milliseconds
 _PARENT = "mlflow.parentRunId"
 _MAX_CHARACTERS = 500  # of a parameter or tag
 
@@ -121,6 +122,7 @@ class Runs:
         if run and run.status != "FINISHED":
             self.client.update_run(run.id, status="RUNNING")
             self.client.set_tag(run.id, _OUTPUT, output)
+            self.client.set_tag(run.id, RESUMED, int(time.time() * 1000))
             return run.id, output
         tags = {"mlflow.runName": node.name, _FINGERPRINT: node.fingerprint, _STAGE: node.name, _KIND: node.kind}
         if fresh:

@@ -90,8 +90,9 @@ def update_places(uri: str, workspace: str, artifacts: str) -> None:
         artifacts: the folder of an experiment's artifacts in the store's records.
     """
     path, old = path_of(uri), artifacts.removeprefix("file://").removesuffix("/artifacts")
-    moved = old != workspace and artifacts.endswith("/artifacts")
-    if path is None or path != Path(workspace) / "mlflow.db" or not moved:
+    moved, inside = old != workspace and artifacts.endswith("/artifacts"), Path(workspace) / "mlflow.db"
+    # the URI may be relative
+    if path is None or not moved or not (path.exists() and inside.exists() and path.samefile(inside)):
         return
     if Path(old).exists() and Path(old).samefile(workspace):
         # the old path is a link to the new one

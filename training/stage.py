@@ -130,7 +130,7 @@ def work(stage: Any, config: Any, inputs: Mapping[str, str], folder: Path) -> No
     _train(stage, config, inputs, folder, foreseen)
     results = _empty_folder(folder)
     setup = stage.prepare(config, resolved(config, inputs, folder), folder)
-    setup.model.load_state_dict(checkpoint.trained(folder, config))
+    setup.model.load_state_dict(checkpoint.trained(folder, config, setup.model))
     setup.model.eval()
     stage.evaluate(config, setup, results)
 
@@ -184,7 +184,8 @@ def publish(stage: Any, config: Any, inputs: Mapping[str, str], folder: Path) ->
     with tracker.connect(folder, system_metrics=False) as log, TemporaryDirectory() as scratch:
         model, beside = Path(scratch) / "model", Path(scratch) / "beside"
         kind = stage.kind(setup) if hasattr(stage, "kind") else stage.MODEL
-        disk.save(model, kind, setup.model.config.model_dump(mode="json"), checkpoint.trained(folder, config), facts)
+        weights = checkpoint.trained(folder, config, setup.model)
+        disk.save(model, kind, setup.model.config.model_dump(mode="json"), weights, facts)
         uri = registry.register(model, config.name, log.run_id)
         figures = published(folder, stage.SUMMARY, log)
         if hasattr(stage, "keep"):

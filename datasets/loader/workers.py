@@ -93,8 +93,10 @@ class Stream:
             ("batch", "another global batch"),
         ):
             if state.get(name) != self._state[name]:
+                remedy = "go on with the batch and the number of processes of before, or " if name == "batch" else ""
                 raise UserError(
-                    f"loader state: belongs to {difference} ({state.get(name)} there, {self._state[name]} here); start a new run"
+                    f"loader state: belongs to {difference} ({state.get(name)} there, {self._state[name]} here);"
+                    f" {remedy}start a new run"
                 )
         self._state["taken"] = state["taken"]
 

@@ -37,6 +37,7 @@ TRIAL_STEPS = 5
 # stages that write something for each clip
 _WRITERS = ("score", "cluster", "cache_text", "cache_audio", "cache_latents", "cache_tokens")
 _PASSES = ("curate", "caption", *_WRITERS)  # stages whose time goes by the clip
+_OWN_SHARDS = ("encoded_shards", "made_shards", "captioned_shards")  # metrics of theirs: what a run has not found done
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def estimate(
     untried = _untried(nodes)
     settled = stages.keys() | measured.keys() | untried
     if trial_seconds and any(todo[node.name] and node.name not in settled for node in nodes):
-        tried, trial_error = _trial(recipe, sources, trial_seconds, clips, untried)
+        tried, trial_error = _trial(recipe, sources, store, trial_seconds, clips, untried)
         measured = tried | measured
 
     # what has finished costs nothing
@@ -167,9 +168,10 @@ def _untried(nodes: Sequence[Node]) -> set[str]:
 
 
 def _shard(node: Node, store: Runs, sample: int) -> tuple[Stage, list[SampledSource]]:
-    count, total, drawn = draw(node.config.sources, sample)  # type: ignore[attr-defined]
-    finished = len(index.read_sources(node.output)) if storage.exists(storage.join(node.output, "dataset.json")) else 0
-    share = max(0, count - finished) / count  # of the sources, still to do
+    there = storage.exists(storage.join(node.output, "dataset.json"))
+    known = index.read_sources(node.output)["uri"] if there else None
+    count, total, finished, drawn = draw(node.config.sources, sample, known)  # type: ignore[attr-defined]
+    share = (count - finished) / count  # of the sources, still to do
     measured = [measure(uri, size, node.config) for uri, size in drawn]
     readable = [source for source in measured if source is not None]
     if not sum(source.bytes for source in readable):
@@ -256,18 +258,23 @@ def _checkpoints(config: Any, alike: list[Any]) -> Range | None:
         with contextlib.suppress(UserError):
             folders |= {place(config.run, output).folder for place in (place_of, former_place)}
     sizes = [float(debris.size(str(path))) for folder in folders for path in folder.glob("step-*")]
-    kept = config.run.keep_checkpoints + (config.steps // config.run.keep_every if config.run.keep_every else 0)
-    return Range(statistics.mean(sizes), min(sizes), max(sizes)).times(kept) if sizes else None
+    return Range(statistics.mean(sizes), min(sizes), max(sizes)).times(_kept(config)) if sizes else None
+
+
+def _kept(config: Any) -> int:
+    """The number of checkpoints that a training leaves."""
+    run = config.run
+    return int(run.keep_checkpoints + (config.steps // run.keep_every if run.keep_every else 0))
 
 
 def _pass_over_clips(node: Node, alike: list[Any], clips: Range | None) -> Stage | None:
     """The costs of a stage that passes over all clips, by the clip; None if no run has finished, or no clips are known."""
     finished = [(r, r.data.metrics) for r in alike if r.info.status == "FINISHED"]
     # a run that found most of its work done took the time of the rest
-    timed = [(r, n) for r, metrics in finished if (n := metrics.get("scored_clips", _clips_of(metrics)))]
+    timed = [(r, n) for r, metrics in finished if (n := _own_clips_of(metrics))]
     if not timed or clips is None:
         return None
-    seconds = ratio([((r.info.end_time - r.info.start_time) / 1000, n) for r, n in timed])
+    seconds = ratio([(_seconds(r), n) for r, n in timed])
     wall = _product(seconds, clips).times(1 / 3600)
     written = [(r.data.metrics["bytes"], _clips_of(r.data.metrics)) for r, _ in timed if node.kind in _WRITERS]
     bytes_ = ratio(written) if written else None
@@ -286,6 +293,20 @@ def _clips_of(metrics: Mapping[str, float]) -> float:
     return metrics.get("clips") or metrics.get("clips_kept") or 0.0
 
 
+def _own_clips_of(metrics: Mapping[str, float]) -> float:
+    """The clips that a run has worked on, without those that it found done."""
+    if "scored_clips" in metrics:
+        return metrics["scored_clips"]
+    shards = [metrics[name] for name in _OWN_SHARDS if name in metrics]
+    share = sum(shards) / metrics["shards"] if shards and metrics.get("shards") else 1.0
+    return _clips_of(metrics) * share
+
+
+def _seconds(run: Any) -> float:
+    """How long a run took for that: a stopped one since it went on."""
+    return (run.info.end_time - int(run.data.tags.get(runs.RESUMED, run.info.start_time))) / 1000
+
+
 def _product(one: Range, two: Range) -> Range:
     return Range(one.value * two.value, one.low * two.low, one.high * two.high)
 
@@ -296,6 +317,7 @@ def _product(one: Range, two: Range) -> Range:
 def _trial(
     recipe: Recipe,
     sources: list[SampledSource],
+    store: Runs,
     seconds: float,
     clips: Mapping[str, Range | None],
     untried: Set[str],
@@ -324,6 +346,8 @@ def _trial(
                 os.environ.pop(name, None)
                 if value is not None:
                     os.environ[name] = value
+            # MLflow remembers the trial's store, which is about to go
+            runs.client_of(store.tracking_uri)
         return {k: _scaled(stage, recipe.stages[k], short.stages[k]) for k, stage in measured.items()}, error
 
 
@@ -358,7 +382,7 @@ def _stop(child: "subprocess.Popen[bytes]") -> None:
 
 def _shortened(recipe: Recipe, uris: list[str], workspace: str) -> dict[str, Any]:
     content: dict[str, Any] = yaml_text.parse(recipe.to_yaml(), recipe.path)
-    content |= {"name": "trial", "workspace": workspace, "outside": {}}
+    content |= {"name": "trial", "workspace": workspace, "outside": {}, "deploy": {}}
     for name, stage in content["stages"].items():
         if stage["kind"] == "shard":
             # so that both splits get clips
@@ -373,6 +397,9 @@ def _shortened(recipe: Recipe, uris: list[str], workspace: str) -> dict[str, Any
 
 def _scaled(stage: Stage, real: Any, short: Any) -> Stage:
     """The trial's costs of a stage, scaled to the steps of the recipe."""
-    times = real.steps / short.steps if isinstance(real, TrainConfig) else 1.0
-    hours = {k: v and v.times(times) for k, v in vars(stage).items() if k.endswith("_hours")}
-    return replace(stage, how=f"a trial on the sample, here, by one process: {stage.how}", **hours)
+    times, more = (
+        (real.steps / short.steps, _kept(real) / _kept(short)) if isinstance(real, TrainConfig) else (1.0, 1.0)
+    )
+    scaled = {k: v and v.times(times) for k, v in vars(stage).items() if k.endswith("_hours")}
+    scaled["bytes"] = stage.bytes and stage.bytes.times(more)
+    return replace(stage, how=f"a trial on the sample, here, by one process: {stage.how}", **scaled)

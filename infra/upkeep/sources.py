@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from longtake.datasets import storage
 from longtake.datasets.errors import Failure
 
@@ -42,20 +45,28 @@ class SampledSource:
     rejected: str  # why, if it gives no clip
 
 
-def draw(patterns: Sequence[str], size: int) -> tuple[int, int, list[tuple[str, int]]]:
-    """(number of sources, their bytes, a random sample of `size` as (URI, bytes)); the same listing, the same sample."""
+def draw(
+    patterns: Sequence[str], size: int, known: pa.ChunkedArray | None = None
+) -> tuple[int, int, int, list[tuple[str, int]]]:
+    """(number of sources, their bytes, how many of them have `known` URIs, a random sample of `size` as (URI, bytes)).
+
+    The same listing gives the same sample.
+    """
     from longtake.pipeline.discover import find
 
     rng = random.Random(0)
-    count, total, sample = 0, 0, list[tuple[str, int]]()
+    count, total, sample, listed = 0, 0, list[tuple[str, int]](), list[pa.Array]()
     for batch in find(patterns):
+        listed += [] if known is None else [batch["uri"]]
         for uri, bytes_ in zip(batch["uri"].to_pylist(), batch["bytes"].to_pylist(), strict=True):
             count, total = count + 1, total + (bytes_ or 0)
             if len(sample) < size:
                 sample.append((uri, bytes_ or 0))
             elif (place := rng.randrange(count)) < size:
                 sample[place] = (uri, bytes_ or 0)
-    return count, total, sample
+    # all at once, since each question hashes what is known anew
+    found = pc.sum(pc.is_in(pa.chunked_array(listed), known)).as_py() if listed else 0
+    return count, total, found, sample
 
 
 def measure(uri: str, size: int, config: Any) -> SampledSource | None:

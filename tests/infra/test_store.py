@@ -23,12 +23,12 @@ pytestmark = pytest.mark.usefixtures("own_store")
 VAE = {"kind": "pretrain_vae", "phase": "image", "dataset": "s3://lake/clips", "model": {"preset": "pv_vae_tiny"}}
 
 
-def opened(folder: Path, workspace: Path) -> tuple[Runs, Node]:
+def opened(folder: Path, workspace: Path, uri: str = "") -> tuple[Runs, Node]:
     """The store of a recipe of one training stage, and its node."""
     path = folder / "r.yaml"
     stage = VAE | {"sizes": [[32, 32]], "lambda_gan": 0}
     path.write_text(yaml.safe_dump({"name": "kept", "workspace": str(workspace), "stages": {"vae": stage}}))
-    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    os.environ["MLFLOW_TRACKING_URI"] = uri
     loaded = recipe.load(str(path))
     return runs.connect(loaded), graph.build(loaded)[0]
 
@@ -145,6 +145,22 @@ def test_a_workspace_that_was_moved_or_copied_goes_on_from_what_it_holds(
     # once is enough
     opened(tmp_path, new)
     assert capsys.readouterr().err == ""
+
+
+def test_a_moved_workspace_is_known_by_a_relative_uri_of_its_store(
+    tmp_path: Path,
+    with_store: Callable[[Path], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with_store(tmp_path / "old")
+    trained(*opened(tmp_path, tmp_path / "old"))
+    (tmp_path / "old").rename(tmp_path / "new")
+    capsys.readouterr()
+    monkeypatch.chdir(tmp_path)
+    store, node = opened(tmp_path, tmp_path / "new", "sqlite:///new/mlflow.db")
+    assert f"its records now name {tmp_path / 'new'}" in capsys.readouterr().err
+    assert runs_again(store, node, capsys) == ""
 
 
 def test_a_link_to_a_workspace_is_no_move(

@@ -5,13 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from longtake.datasets.errors import Failure
 from longtake.training.checkpoint.folder import latest, meta
@@ -102,14 +102,41 @@ def load(path: Path, engines: Mapping[str, Any], universal: bool = False) -> Non
         raise damaged(path, e) from e
 
 
-def trained(folder: Path, config: TrainConfig) -> dict[str, Tensor]:
+def trained(folder: Path, config: TrainConfig, start: nn.Module | None = None) -> dict[str, Tensor]:
     """The weights of a finished training: its first average, or the raw weights where none is kept; LoRA merged into them.
+
+    Args:
+        start: the module before its first step. Weights that stood still are taken from it, since engines with
+            `precision: bf16` have rounded them; without it they stay rounded.
 
     Raises:
         Failure: there is no checkpoint, or it is damaged.
     """
-    weights = _weights(folder, config)
+    weights: Mapping[str, Tensor] = _weights(folder, config)
+    weights = weights if start is None else _Unrounded(weights, start)
     return dict(lora.merged(weights, config.lora) if config.lora else weights)
+
+
+class _Unrounded(Mapping[str, Tensor]):
+    """Weights of a checkpoint, but those of `start` where it has the same rounded to bf16."""
+
+    def __init__(self, weights: Mapping[str, Tensor], start: nn.Module) -> None:
+        self._weights, self._start = weights, start.state_dict()
+
+    def __getitem__(self, name: str) -> Tensor:
+        value = self._weights[name]
+        if value.dtype != torch.bfloat16 or name not in self._start:
+            return value
+        before = self._start[name].cpu()
+        # what bf16 holds exactly stays as small as it is
+        rounded = torch.equal(before.bfloat16(), value) and not torch.equal(before, value.to(before.dtype))
+        return before if rounded else value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
 
 
 def changes(folder: Path, config: TrainConfig) -> dict[str, Tensor]:

@@ -154,7 +154,8 @@ def engines_of(
         if not groups:
             raise UserError(f"freeze: nothing is left to learn in {name}")
         make = muon.Muon if matrices else torch.optim.AdamW
-        optimizer: torch.optim.Optimizer = make(groups, lr=own.lr, betas=own.betas, fused=fused or None)
+        # DeepSpeed may make its states by an update without gradients: at this rate no weight decays
+        optimizer: torch.optim.Optimizer = make(groups, lr=0.0, betas=own.betas, fused=fused or None)
         # DeepSpeed allocates buckets for gradients of their full size: no larger than what learns
         learning = sum(p.numel() for group in groups for p in group["params"])
         zero = deepspeed_settings["zero_optimization"] | {"reduce_bucket_size": min(_MOST_REDUCED, learning)}
@@ -164,10 +165,11 @@ def engines_of(
             config=deepspeed_settings | {"zero_optimization": zero},
             dist_init_required=False,
         )[0]
+        set_lr(engine, own.lr)
         overwrite(engine, wide)
         if config.zero_stage == 3:
             _fill_states(engine)
-        # DeepSpeed may make AdamW's states by an update without gradients, which must not count
+        # nor does that update count
         for state in optimizer.state.values():
             if "step" in state:
                 state["step"].zero_()

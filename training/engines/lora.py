@@ -106,7 +106,10 @@ def is_change(name: str) -> bool:
 
 
 def merged(weights: Mapping[str, Tensor], config: LoraConfig) -> Iterator[tuple[str, Tensor]]:
-    """The weights of the module as it was before `attach`, with the changes added to them; one tensor at a time."""
+    """The weights of the module as it was before `attach`, with the changes added to them in fp32; one tensor at a time.
+
+    What is changed stays fp32: of a bf16 weight a change below half an ulp would be lost.
+    """
     for name in weights:
         layer, _, last = name.rpartition(".")
         if is_change(name):
@@ -115,5 +118,5 @@ def merged(weights: Mapping[str, Tensor], config: LoraConfig) -> Iterator[tuple[
         if last == "weight" and f"{layer}.{_UP}.weight" in weights:
             up, down = weights[f"{layer}.{_UP}.weight"].float(), weights[f"{layer}.{_DOWN}.weight"].float()
             change = torch.einsum("or,ri->oi", up.flatten(1), down.flatten(1)).view(value.shape)
-            value = (value.float() + config.scale * change).to(value.dtype)
+            value = value.float() + config.scale * change
         yield name, value

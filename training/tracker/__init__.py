@@ -203,7 +203,8 @@ class Tracker:
             for start in range(0, len(metrics), _BATCH):
                 self._client.log_batch(self.run_id, metrics=metrics[start : start + _BATCH], synchronous=True)
         except MlflowException as e:
-            if e.error_code != "INVALID_PARAMETER_VALUE":
+            # of a run that was deleted every metric is refused, until it is restored
+            if e.error_code != "INVALID_PARAMETER_VALUE" or self._is_deleted():
                 raise
             if len(metrics) > 1:
                 # a metric that MLflow never takes must not hold up the others
@@ -212,6 +213,9 @@ class Tracker:
             elif (name := metrics[0].key) not in self._refused:
                 self._refused.add(name)
                 print(f"tracking: metric {name!r} is refused ({line(e)}) and left out", flush=True)
+
+    def _is_deleted(self) -> bool:
+        return bool(self._client.get_run(self.run_id).info.lifecycle_stage == "deleted")
 
     def _keep_sampling(self) -> None:
         """System metrics under MLflow's names, by its own readers, at the last logged step.

@@ -87,15 +87,33 @@ def test_of_all_sources_looked_into_the_clips_and_bytes_are_those_that_sharding_
     assert found["disk"]["free"] > found["disk"]["needed"]["high"] and found["disk"]["enough"]
 
 
+def measured(uri: str, size: int, _: Any) -> sample.SampledSource:
+    """In place of `sources.measure`: four clips and a second."""
+    return sample.SampledSource(uri, size, 6.0, 64, 64, 4.0, 1000.0, 1.0, "")
+
+
+def test_sources_that_are_in_the_dataset_already_cost_nothing_and_others_do(
+    footage: Path, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate, "measure", measured)
+    shutil.copytree(footage, tmp_path / "others")
+    for sources, todo in ((footage, False), (tmp_path / "others", True)):
+        path = write(tmp_path, sources)
+        shutil.copytree(dataset, opened(path)[1][0].output)
+        shards = told(path, sample=1)[1]["shards"]
+        assert (shards["cpu_hours"]["value"] > 0) == ("in the dataset already" not in shards["how"]) == todo
+
+
 def test_a_sample_gives_a_range_and_is_the_same_each_time(footage: Path, tmp_path: Path) -> None:
     path = write(tmp_path, footage)
-    count, total, chosen = sample.draw((str(footage),), 3)
+    count, total, known, chosen = sample.draw((str(footage),), 3)
     assert (
         count == 6
+        and known == 0
         and total == sum(p.stat().st_size for p in footage.glob("*.mp4"))
         and len({u for u, _ in chosen}) == 3
     )
-    assert (count, total, chosen) == sample.draw((str(footage),), 3)
+    assert (count, total, known, chosen) == sample.draw((str(footage),), 3)
     found, stages = told(path, sample=3)
     assert [s["uri"] for s in found["sources"]] == [u for u, _ in chosen]
     bytes_ = stages["shards"]["bytes"]
@@ -173,6 +191,40 @@ def test_latents_are_counted_by_the_clip(footage: Path, tmp_path: Path) -> None:
     store.finish(run, {"uri": "nowhere", "metrics": {"clips": 10.0, "bytes": 5000.0}})
     _, stages = told(path, sample=10)
     assert stages["latents"]["bytes"]["value"] == pytest.approx(500.0 * stages["shards"]["clips"]["value"])
+
+
+def test_hours_by_the_clip_are_those_of_the_clips_that_a_run_has_made_itself(
+    footage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate, "measure", measured)
+    path = write(tmp_path, footage)
+    _, nodes, store = opened(path)
+    node = next(n for n in nodes if n.name == "latents")
+    hour = 3600_000
+
+    def ran(shards: float, hours: float) -> None:
+        run, _ = store.open(node, None)
+        tags = store.client.get_run(run).data.tags
+        start = int(tags.get(runs.RESUMED, store.client.get_run(run).info.start_time))
+        for name, value in {"clips": 1000.0, "bytes": 5e6, "shards": 10.0, "encoded_shards": shards}.items():
+            store.client.log_metric(run, name, value)
+        store.client.set_terminated(run, "FINISHED", start + int(hours * hour))
+
+    # one from nothing, and one that found nine of ten shards made; at a clip they are as fast
+    ran(10, 10)
+    ran(1, 1)
+    # one that was stopped, and went on with the last shard two days later
+    run, _ = store.open(node, None)
+    store.client.set_terminated(run, "KILLED")
+    later = runs.time.time() + 48 * 3600
+    monkeypatch.setattr(runs.time, "time", lambda: later)
+    for run in store.client.search_runs([store.experiment], "attributes.status = 'FINISHED'"):
+        store.client.set_tag(run.info.run_id, "longtake.fingerprint", "another")
+    ran(1, 1)
+    _, stages = told(path, sample=10)
+    assert stages["latents"]["wall_hours"]["value"] == pytest.approx(
+        0.01 * stages["shards"]["clips"]["value"], rel=0.01
+    )
 
 
 def test_scores_and_clusters_are_counted_by_the_clip_and_by_their_share_of_a_gpu(
@@ -266,6 +318,32 @@ def test_the_command_tells_the_figures_the_money_and_what_is_not_known(footage: 
 def test_sources_that_are_not_there_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file or folder"):
         opened(write(tmp_path, tmp_path / "nowhere"))
+
+
+def test_a_trial_leaves_out_stages_with_what_is_said_of_them_and_counts_all_checkpoints(
+    dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_store: Callable[[Path], None]
+) -> None:
+    import mlflow
+
+    def tried(path: Path, _: float) -> str:
+        loaded = recipe.load(str(path))
+        with_store(Path(loaded.workspace))
+        with monkeypatch.context() as patched:
+            patched.setenv("MLFLOW_TRACKING_URI", "")
+            trained(runs.connect(loaded), graph.build(loaded)[0], [1.0, 1.0])
+        return ""
+
+    monkeypatch.setattr(estimate, "_run_within", tried)
+    vae = TRAINING | {"dataset": dataset, "view": None, "keep_every": 3600}
+    stages = {"vae": nested(vae), "latents": {"kind": "cache_latents", "dataset": dataset, "encoder": "vae"}}
+    deploy = {"resources": {"latents": {"cpus": 2}}}
+    content = {"name": "priced", "workspace": str(tmp_path / "ws"), "stages": stages, "deploy": deploy}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(content))
+    found, told_of = told(str(tmp_path / "r.yaml"), trial_seconds=60)
+    assert told_of["vae"]["wall_hours"]["value"] == 2.0 and "a trial" in told_of["vae"]["how"]
+    assert told_of["vae"]["bytes"]["value"] == (2 + 2) * 5000, "keep_checkpoints of them, and two of keep_every"
+    assert [line for line in found["unknown"] if line.startswith("latents: ")]
+    assert mlflow.get_tracking_uri() == f"sqlite:///{tmp_path}/ws/mlflow.db"
 
 
 @pytest.mark.soak

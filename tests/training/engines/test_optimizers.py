@@ -80,6 +80,16 @@ def test_matrices_move_as_torchs_muon_moves_them_and_all_else_as_adamw(group: No
         torch.testing.assert_close(one, two, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_before_its_first_update_an_engine_has_moved_nothing(group: None, optimizer: str) -> None:
+    model = Blocks()
+    before = {name: p.detach().bfloat16().float() for name, p in model.named_parameters()}
+    chosen = config(optimizer=optimizer, precision="bf16", weight_decay=0.5)
+    engine = engines.engines_of({"model": model}, "model", chosen, 1)["model"]
+    assert {group["lr"] for group in engine.optimizer.param_groups} == {chosen.lr}
+    assert all(torch.equal(each.value.view(each.shape), before[each.name]) for each in engines.fragments(engine))
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_from_a_checkpoint_it_goes_on_bit_for_bit(group: None, tmp_path: Path, precision: str) -> None:
     made = [engines.engines_of({"model": Blocks()}, "model", config(precision=precision), 1)["model"] for _ in range(2)]

@@ -121,9 +121,9 @@ def test_a_decoder_and_a_predictive_one_are_registered_and_used(
         client = mlflow.MlflowClient()
         experiment = client.create_experiment("e", f"{tmp_path}/artifacts")
         parent, made = folder, dict[str, str]()
-        for phase in ("decoder", "predictive"):
+        for phase, precision in (("decoder", "bf16"), ("predictive", "fp32")):
             monkeypatch.setenv("MLFLOW_RUN_ID", client.create_run(experiment).info.run_id)
-            config = settings(dataset, parent, phase=phase, name=phase)
+            config = settings(dataset, parent, phase=phase, name=phase, precision=precision)
             result = pretrain.run(config, {"dataset": dataset, "parent": parent}, str(tmp_path / phase))
             made[phase] = parent = result["uri"]
             assert ("psnr_predicted" in result["metrics"]) == (phase == "predictive") and result["metrics"][

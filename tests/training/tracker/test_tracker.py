@@ -265,6 +265,20 @@ def test_a_metric_that_mlflow_refuses_is_named_and_holds_up_no_other(
     assert capsys.readouterr().out.count("tracking: metric 'a;b' is refused") == 1
 
 
+@pytest.mark.parametrize("what", ["run", "experiment"])
+def test_of_a_run_that_is_deleted_and_restored_no_metric_is_lost(run: str, tmp_path: Path, what: str) -> None:
+    client, log = MlflowClient(), connect(tmp_path)
+    name = run if what == "run" else client.get_run(run).info.experiment_id
+    getattr(client, f"delete_{what}")(name)
+    for step in range(3):
+        log.log(step, {"loss": 1.0})
+    until(lambda: log._trouble)
+    getattr(client, f"restore_{what}")(name)
+    log.log(3, {"loss": 1.0})
+    log.close()
+    assert [step for step, _ in history(run, "loss")] == [0, 1, 2, 3]
+
+
 def test_a_video_is_an_artifact_that_plays(run: str, tmp_path: Path) -> None:
     frames = np.zeros((5, 32, 48, 3), np.uint8)
     frames[:, :, 24:] = 200

@@ -71,7 +71,8 @@ class Config(EvaluatedConfig):
                         more time
     steps               of training
     batch               windows in a step, at most
-    max_tokens          of a pass on a process: longer and larger windows share smaller batches; null does not bound them
+    max_tokens          of a pass on a process: longer and larger windows share smaller batches, and another number of processes
+                        does not go on with them; null does not bound them
     lr                  learning rate [assumption]
     warmup_steps        of a linear warm-up
     schedule            of the learning rate

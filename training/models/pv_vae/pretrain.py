@@ -199,11 +199,16 @@ def outside(config: Config) -> str:
 
 
 class Setup(NamedTuple):
-    """All that the stage works with; `parent` is the model whose discriminator a new training continues."""
+    """All that the stage works with.
+
+    parent      the model whose discriminator a new training continues
+    batches     of a training that goes on, the windows in a batch of each of its sizes
+    """
 
     inputs: Mapping[str, str]
     model: VideoAutoencoder
     parent: str | None
+    batches: tuple[int, ...] = ()
 
 
 def prepare(config: Config, inputs: Mapping[str, str], folder: Path) -> Setup:
@@ -212,9 +217,12 @@ def prepare(config: Config, inputs: Mapping[str, str], folder: Path) -> Setup:
     Raises:
         UserError: the parent is no such autoencoder, differs from `model`, or cannot divide the windows.
     """
+    path, model = checkpoint.latest(folder), begin(config, inputs).to(device())
+    if path is None:
+        return Setup(inputs, model, inputs.get("parent"))
     # a checkpoint has a discriminator of its own
-    parent = None if checkpoint.latest(folder) else inputs.get("parent")
-    return Setup(inputs, begin(config, inputs).to(device()), parent)
+    batches = checkpoint.meta(path)["loader"]["batch"]
+    return Setup(inputs, model, None, tuple(batches) if isinstance(batches, list) else ())
 
 
 def begin(config: Config, inputs: Mapping[str, str]) -> VideoAutoencoder:
@@ -247,15 +255,28 @@ def _with(config: Config, model: VideoAutoencoder) -> VideoAutoencoder:
 
 
 def loader(config: Config, setup: Setup, rank: int, world: int) -> Loader | Mixture:
-    """This rank's batches of each size in turn: `batch` clips of the first size, about as many pixels of the others."""
+    """This rank's batches of each size in turn: `batch` clips of the first size, about as many pixels of the others.
+
+    They divide among the processes that a training begins with, and stay as they are on others.
+
+    Raises:
+        UserError: they do not divide among the others.
+    """
     share = data.share_of(config, rank, world) | {"crop": "random"}
     if len(config.sizes) == 1:
         return _loader(config, setup, "train", **share)
     first, batch, workers = config.sizes[0], share.pop("batch"), share.pop("workers")
+    counts = [max(world, batch * first[0] * first[1] // (h * w) // world * world) for h, w in config.sizes]
+    if len(setup.batches) == len(counts):
+        counts = list(setup.batches)
+    if math.gcd(*counts) % world:
+        raise UserError(
+            f"sizes: this training has batches of {', '.join(map(str, counts))} windows, which do not divide among {world}"
+            f" processes; go on with a number of them that divides {math.gcd(*counts)}"
+        )
     parts = {}
-    for height, width in config.sizes:
-        count = batch * first[0] * first[1] // (height * width) // world * world
-        windows = _loader(config, setup, "train", size=(height, width), batch=max(world, count), **share)
+    for (height, width), count in zip(config.sizes, counts, strict=True):
+        windows = _loader(config, setup, "train", size=(height, width), batch=count, **share)
         parts[f"{height}x{width}"] = (windows, 1.0)
     return Mixture(parts, seed=config.seed, workers=workers)
 
