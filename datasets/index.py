@@ -302,13 +302,15 @@ def last_tries(tries: pa.Table) -> pa.Table:
 
 
 def _copies_of_unread(tries: pa.Table, unread: pa.ChunkedArray) -> set[int]:
-    """Rows of duplicates of what could not be read that have another row: the identity and the URI are the same."""
+    """Rows of what could not be read, and of its duplicates, that have a later row or one that was read: the identity and the
+    URI are the same.
+    """
     alike = pc.is_in(tries["source"], tries["source"].filter(unread))
     columns = [tries[name].filter(alike).to_pylist() for name in ("source", "uri", "reason")]
     by_copy: dict[tuple[str, str], list[tuple[bool, int]]] = {}
     for row, source, uri, reason in zip(np.flatnonzero(alike).tolist(), *columns, strict=True):
-        by_copy.setdefault((source, uri), []).append((reason != "duplicate", row))
-    return {row for same in by_copy.values() for tried, row in same if not tried and (tried, row) != max(same)}
+        by_copy.setdefault((source, uri), []).append((reason not in (*schema.UNREAD, "duplicate"), row))
+    return {row for same in by_copy.values() for read, row in same if not read and (read, row) != max(same)}
 
 
 @dataclass(frozen=True)

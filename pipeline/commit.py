@@ -84,15 +84,13 @@ def _cut_sources(
             account = _rejected("duplicate", f"same content as {row['duplicate_of']}")
         elif again.get(row["uri"]):
             account = _rejected("unreachable", "planned again, into a later group")
-        elif row["uri"] in again:
-            account = _rejected("missing", "another file by now, which a later group has")
-            unread.add(row["source"])
         elif row["source"] == waiting(row["uri"]):
             account = _ask_again(row, spool, cut.limits.max_bytes)
         else:
             store = "/".join(row["uri"].split("/", 3)[:3])
             attempts = 1 if store in silent else 5
-            account, cut_clips = _cut(row, spool, cut, memory, attempts, partial(report, number, row["uri"]))
+            moved = partial(report, number, row["uri"])
+            account, cut_clips = _cut(row, row["uri"] in again, spool, cut, memory, attempts, moved)
             (unread.add if account["reason"] in schema.UNREAD else unread.discard)(row["source"])
             (silent.add if account["reason"] == "unreachable" else silent.discard)(store)
         if (count := len(annotations.rows_of(row["extra"]))) > 1:
@@ -104,13 +102,17 @@ def _cut_sources(
 
 def _cut(
     row: Mapping[str, Any],
+    replaced: bool,
     spool: Path,
     cut: CutConfig,
     memory: Mapping[str, bytes],
     attempts: int,
     moved: Callable[[], None],
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The account of one source, and the rows of its clips, each with the facts of its sound as `audio`."""
+    """The account of one source, and the rows of its clips, each with the facts of its sound as `audio`.
+
+    One that was `replaced`, and that a later group has with its new size, is cut only if it has its size of before again.
+    """
     global _worker
     most_bytes = cut.limits.max_bytes
     if (row["bytes"] or 0) > most_bytes:
@@ -119,6 +121,8 @@ def _cut(
     try:
         path = fetch(row["uri"], copy, most_bytes, attempts, memory)
         size = path.stat().st_size
+        if replaced and size != row["bytes"]:
+            return _rejected("missing", "another file by now, which a later group has"), []
         _worker = _worker or Worker()
         result = _worker.run(str(path), row["source"], str(spool), cut, annotations.of_sample(row["extra"]))
         if cut.audio and result["clips"]:

@@ -141,14 +141,15 @@ def _range(fs: Any, path: str, start: int, end: int, **http: Any) -> bytes:
     import aiohttp
 
     usual, begun = fs.client_kwargs["timeout"], monotonic()
-    bounded = aiohttp.ClientTimeout(_SLOW_SECONDS, sock_connect=usual.sock_connect, sock_read=usual.sock_read)
+    most_seconds = _SLOW_SECONDS * max(1, (end - start) / _SLOW_BYTES)
+    bounded = aiohttp.ClientTimeout(most_seconds, sock_connect=usual.sock_connect, sock_read=usual.sock_read)
     try:
         # `cat_file` would download the whole file from a server without ranges
         with fs.open(path, "rb", timeout=bounded, **http) as f:
             f.seek(start)
             return bytes(f.read(end - start))
     except TimeoutError as e:
-        if (seconds := monotonic() - begun) < _SLOW_SECONDS:
+        if (seconds := monotonic() - begun) < most_seconds:
             raise
         raise _too_slow(end - start, seconds) from e
 

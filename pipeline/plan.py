@@ -200,9 +200,8 @@ def plan(
                 return _checked_groups(dataset)
             seen, changes = Seen(old, tries), Changes(dataset, old, spool / "changes")
             awaited = {row["uri"]: row for row in tries.awaited if seen.times(row) == row["tries"]}
-            for uri in _identify_new(
-                changes.watch(find(patterns, threads, listed.unsized)), seen, new, threads, awaited
-            ):
+            listings = _with_copies(changes.watch(find(patterns, threads, listed.unsized)), awaited)
+            for uri in _identify_new(listings, seen, new, threads, awaited):
                 del awaited[uri]
             _write_changes(dataset, changes)
             # what is planned again takes the annotations of now
@@ -291,6 +290,20 @@ def _identify_new(
                     resized |= awaited.keys() & set(unseen["uri"].to_pylist())
             bar.update(len(batch))
     return resized
+
+
+def _with_copies(listings: Iterable[pa.RecordBatch], awaited: Mapping[str, dict[str, Any]]) -> Iterator[pa.RecordBatch]:
+    """Pass listings on, and give copies among `awaited` their annotations: nothing else compares those of what was not cut."""
+    copies = {uri: list[str | None]() for uri, row in awaited.items() if row["duplicate_of"] is not None}
+    for batch in listings:
+        if copies:
+            own = batch.filter(pc.is_in(batch["uri"], pa.array(copies, pa.string())))
+            for uri, extra in zip(own["uri"].to_pylist(), own["extra"].to_pylist(), strict=True):
+                copies[uri].append(extra)
+        yield batch
+    for uri, extras in copies.items():
+        if extras and uri in awaited:
+            awaited[uri]["extra"] = annotations.merged(extras)
 
 
 def _plan_again(dataset: str, rows: Sequence[dict[str, Any]], new: Buckets) -> None:

@@ -59,14 +59,17 @@ def waiting(uri: str) -> str:
 
 def read_tries(dataset: str, threads: int = 16) -> Tries:
     """The tries of the sources of all committed groups; other groups will be made, and accounted for, again."""
-    urls = [
-        storage.join(dataset, "sources", f"{split}-{name}.parquet")
-        for split in schema.SPLITS
-        for name in index.shard_names(dataset, split)
-    ]
+    folder = storage.join(dataset, "sources")
+    names = [f"{split}-{name}.parquet" for split, name in index.committed(dataset)]
+    urls = [storage.join(folder, name) for name in names]
+    # such as of a shard that is to be made again: its sources have been read with their sizes all the same
+    others = [storage.join(folder, name) for name in sorted({*index.table_names(folder)} - {*names})]
     with ThreadPoolExecutor(threads) as pool:
-        odd = _concatenated(pool.map(lambda url: (rows := _read(url)).filter(_is_odd(rows)), urls))
-        failed, resized = odd.filter(_is_unread(odd)), odd.filter(_is_resized(odd))
+        odd = [*pool.map(_odd, urls)]
+        failed = _concatenated(rows for rows, _ in odd)
+        resized = pa.concat_tables(
+            [_resized(_empty()), *(rows for _, rows in odd), *(rows for _, rows in pool.map(_odd, others))]
+        )
         # most datasets have none; then no other rows have to be in memory
         rows = _concatenated(pool.map(lambda url: _related(_read(url), failed), urls)) if len(failed) else failed
 
@@ -112,8 +115,14 @@ def _is_resized(rows: pa.Table) -> pa.ChunkedArray:
     return pc.fill_null(pc.match_substring_regex(rows["detail"], _RESIZED), False)
 
 
-def _is_odd(rows: pa.Table) -> pa.ChunkedArray:
-    return pc.or_(_is_unread(rows), _is_resized(rows))
+def _odd(url: str) -> tuple[pa.Table, pa.Table]:
+    """The rows of an account of which nothing was read, and those of sources that were not as long as listed."""
+    rows = _read(url).replace_schema_metadata(None)
+    return rows.filter(_is_unread(rows)), _resized(rows)
+
+
+def _resized(rows: pa.Table) -> pa.Table:
+    return rows.filter(_is_resized(rows)).select(("uri", "detail"))
 
 
 def _may_be_read(rows: pa.Table, lost: pa.Array) -> pa.ChunkedArray:

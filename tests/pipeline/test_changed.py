@@ -65,6 +65,23 @@ def test_copies_of_what_cannot_be_read_are_sources_of_their_own(web: Web, tmp_pa
     assert make(dataset, manifest, 1) == told and hashes(dataset) == before
 
 
+def test_copies_that_shared_an_outage_are_accounted_for_as_they_are_now(web: Web, tmp_path: Path) -> None:
+    uris, dataset = [f"{web.url}/{way}/1.mp4" for way in ("404", "503", "429")], tmp_path / "ds"
+    manifest = listed(tmp_path, *uris, bytes=[7] * 3, etag=["same"] * 3)
+    assert make(dataset, manifest) == dict(zip(uris, ("missing", "unreachable", "unreachable"), strict=True))
+    web.healed = {"503", "429"}
+    assert sorted(make(dataset, manifest).values()) == ["duplicate", "good", "missing"]
+    assert not retry.read_tries(str(dataset)).awaited
+
+
+def test_a_copy_that_is_planned_again_has_the_annotations_of_now(web: Web, tmp_path: Path) -> None:
+    uris, dataset = [f"{web.url}/{way}/1.mp4" for way in ("403", "plain")], tmp_path / "ds"
+    for caption, result in (("a", "duplicate"), ("b", "good")):
+        manifest = listed(tmp_path, *uris, bytes=[7] * 2, etag=["same"] * 2, caption=["a", caption])
+        assert make(dataset, manifest, 1)[uris[1]] == result
+    assert [said["caption"] for said in samples(dataset)["1.mp4"]] == ["b"]
+
+
 def test_what_was_unreachable_is_cut_with_the_annotations_of_now(web: Web, tmp_path: Path) -> None:
     uris, dataset = [f"{web.url}/{way}/{n}.mp4" for n, way in enumerate(("503", "429", "plain"))], str(tmp_path / "ds")
 
@@ -87,14 +104,11 @@ def test_what_was_unreachable_is_cut_with_the_annotations_of_now(web: Web, tmp_p
     assert [told[f"{n}.mp4"][0]["caption"] for n in range(3)] == ["b", "b", "a"]
 
     # as in a dataset whose first shard got the caption that its later one lacks
-    (before,) = [
-        (split, shard, row)
-        for split in schema.SPLITS
-        for shard in later.shards(dataset, split)
-        for row in later.read(dataset, split, shard)
-        if row["uri"] == uris[0]
-    ]
-    later.write(dataset, *before[:2], [before[2] | {"extra": json.dumps({"caption": "c"})}])
+    places = [(split, shard) for split in schema.SPLITS for shard in later.shards(dataset, split)]
+    before = {place: later.read(dataset, *place) for place in places}
+    (place,) = [place for place, rows in before.items() if uris[0] in {row["uri"] for row in rows}]
+    extra = {"extra": json.dumps({"caption": "c"})}
+    later.write(dataset, *place, [row | (extra if row["uri"] == uris[0] else {}) for row in before[place]])
     assert said(run("c", "b", "a")) == ["c", "b", "a"]
 
 
@@ -106,6 +120,12 @@ def test_a_file_that_grows_is_cut_once(folder: Path, tmp_path: Path) -> None:
     (folder / "a.mp4").write_bytes(whole)
     cut(dataset, groups)
     assert planned(dataset, folder) == groups, "the account has the size that was read"
+    before = hashes(Path(dataset))
+    for split in schema.SPLITS:
+        for name in index.shard_names(dataset, split):
+            (Path(dataset) / split / f"{name}.parquet").unlink()
+    cut(dataset, planned(dataset, folder))
+    assert hashes(Path(dataset)) == before, "a shard that is made again has it too"
     assert {name: len(found) for name, found in samples(dataset).items()} == {"a.mp4": 1, "x.mp4": 1, "y.mp4": 1}
 
 
@@ -121,6 +141,16 @@ def test_a_file_that_is_replaced_before_it_is_cut_is_cut_once(folder: Path, tmp_
     assert told["a.mp4", len(whole) // 2] == "missing" and told["a.mp4", len(whole)] is None
     assert told["b.mp4", len(whole) // 2] == "too_short", "it takes the place of its original, which is there no more"
     assert index.summary(dataset)["clips"] == 3
+
+    # as before again, and its shard is to be made again
+    (folder / "a.mp4").write_bytes(whole[: len(whole) // 2])
+    (shard,) = {(row["split"], row["group"]) for row in rows if row["bytes"] == len(whole) // 2}
+    (Path(dataset) / shard[0] / f"{shard[1]:05d}.parquet").unlink()
+    cut(dataset, planned(dataset, folder))
+    (row,) = [
+        r for r in index.read_sources(dataset).to_pylist() if r["uri"].endswith("a.mp4") and r["group"] == shard[1]
+    ]
+    assert row["reason"] == "too_short", "it was looked at"
 
 
 def test_the_shard_that_is_committed_first_stays(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,9 +22,9 @@ from longtake.datasets.errors import UserError
 from longtake.datasets.scores import Column, from_plain
 from longtake.pipeline import queries
 from longtake.pipeline import scorers as kinds
+from longtake.pipeline.exact import be_exact
 from longtake.pipeline.score_shard import Work, make_scores
 from longtake.pipeline.scorers import load
-from longtake.pipeline.scorers.one_by_one import be_exact
 from longtake.pipeline.scorers.scorer import places
 from longtake.pipeline.stages import score
 
