@@ -83,7 +83,7 @@ def evaluate(
     uris = [media.check_registry(model) for model in models]
     store = _store()
     suite = suite_of(suite_name, overrides, measures)
-    with media.memory_errors("lower suite.clips.frames or suite.clips.size"):
+    with media.memory_errors("lower suite.chunk, suite.clips.frames or suite.clips.size"):
         from longtake.datasets import view as views
         from longtake.infra import report
         from longtake.training.evaluation import run, table, tracked

@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BeforeValidator, Field
 
 from longtake.datasets import storage
-from longtake.datasets.errors import UserError
+from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.stage import DatasetInput, Input, StageConfig, ViewInput
 from longtake.training.evaluation import figures, table, tracked
 from longtake.training.evaluation import run as running
@@ -66,15 +67,21 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
         raise UserError(f"{output}: an evaluation is kept in a folder; name a workspace on a disk of this machine")
     models = [inputs[f"models.{number}"] for number in range(len(config.models))]
     folder = Path(storage.filesystem(output)[1])
-    made = running.evaluate(
-        models,
-        inputs["dataset"],
-        inputs.get("view"),
-        config.suite,
-        config.networks,
-        folder,
-        lambda line: print(line, flush=True),
-    )
+    try:
+        made = running.evaluate(
+            models,
+            inputs["dataset"],
+            inputs.get("view"),
+            config.suite,
+            config.networks,
+            folder,
+            lambda line: print(line, flush=True),
+        )
+    except torch.OutOfMemoryError as e:
+        raise Failure(
+            "the GPU's memory is too small for this; lower suite.chunk, suite.clips.frames or suite.clips.size: what is measured"
+            " is kept"
+        ) from e
     print(table.printed(made), flush=True)
     tracked.write(made, folder, os.environ["MLFLOW_RUN_ID"])
     return {"uri": output, "metrics": metrics(made)}

@@ -15,6 +15,7 @@ import torch
 import toy_levels
 
 from longtake.datasets.errors import Failure, UserError
+from longtake.training.evaluation import evaluate as stage
 from longtake.training.evaluation import peak, run, subject, table
 from longtake.training.evaluation.subject import Subject
 from longtake.training.evaluation.suite import Networks, Suite
@@ -37,6 +38,16 @@ def values(made: Table, measure: str, figure: str) -> dict[str, Any]:
     names = {model["digest"]: Path(model["uri"]).name for model in made.models}
     [group] = [group for group in made.groups if group["measure"] == measure]
     return {names[digest]: value for digest, value in group["figures"][figure]["values"].items()}
+
+
+def test_a_gpu_that_is_full_fails_a_stage_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(*_: Any) -> Table:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(run, "evaluate", fill)
+    config = stage.Config(kind="evaluate", models=("a",), dataset="clips")
+    with pytest.raises(Failure, match=r"memory is too small for this; lower suite\.chunk"):
+        stage.run(config, {"models.0": "models:/a/1", "dataset": "clips"}, str(tmp_path))
 
 
 def test_models_of_four_families_are_measured_side_by_side(
