@@ -95,37 +95,45 @@ class Runs:
         It goes on with the latest run that trained the same, under whatever name and with whatever `MAY_CHANGE` settings, if
         possible with its own; not where one has finished with more steps.
         """
+        same, beyond = self._trained(node)
+        return next((output for output in same if output not in beyond), node.output)
+
+    def _trained(self, node: Node) -> tuple[list[str], set[str]]:
+        """Outputs of this workspace in which the same training has worked, and those where one has finished with more steps."""
         if not isinstance(node.config, TrainConfig):
-            return node.output
+            return [], set()
         condition = f"tags.`{_STAGE}` = '{node.name}' and tags.`{_KIND}` = '{node.kind}'"
         past = everything(self.client.search_runs, [self.experiment], condition, order_by=["start_time DESC"])
         digests = {run.info.run_id: digest_with(node, run.data.params) for run in past}
-        same, beyond = [], set()
+        same, beyond = list[str](), set[str]()
         for each in sorted(past, key=lambda run: digests[run.info.run_id] != node.digest):
             info, data = each.info, each.data
             run = _run(info.run_id, info.status, info.start_time, info.end_time, data.tags, self.workspace)
+            if not run.output.startswith(f"{self.workspace}/"):
+                continue
             if run.output.rpartition("/")[2].partition("-")[0] in digests.values():
                 same.append(run.output)
             if run.status == "FINISHED" and int(data.params.get("steps", 0)) > node.config.steps:
                 beyond.add(run.output)
-        return next((output for output in same if output not in beyond), node.output)
+        return same, beyond
 
     def open(self, node: Node, parent: str | None, fresh: bool = False) -> tuple[str, str]:
         """(run id, output) to work in: an unfinished run of the same fingerprint is resumed, unless `fresh`.
 
-        A fresh run gets an output of its own, so that it starts from nothing and changes no earlier output. A line says
-        where it goes on in an output that is not its own.
+        A fresh run gets an output of its own, so that it starts from nothing and changes no earlier output; so does one with
+        fewer steps than a training in its output has finished. A line says where it goes on in an output that is not its own.
         """
         run = None if fresh else self.find(node.fingerprint)
         # the output of a finished run is repaired in place
         output = node.output if fresh else run.output if run else self._begun(node)
-        if run and run.status != "FINISHED":
+        anew = fresh or output in self._trained(node)[1]
+        if run and run.status != "FINISHED" and not anew:
             self.client.update_run(run.id, status="RUNNING")
             self.client.set_tag(run.id, _OUTPUT, output)
             self.client.set_tag(run.id, RESUMED, int(time.time() * 1000))
             return run.id, output
         tags = {"mlflow.runName": node.name, _FINGERPRINT: node.fingerprint, _STAGE: node.name, _KIND: node.kind}
-        if fresh:
+        if anew:
             output = f"{node.output}-{secrets.token_hex(4)}"
         elif not run and output != node.output:
             print(f"{node.name}: goes on in {shown(output)}; --force begins anew", flush=True)

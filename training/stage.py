@@ -96,6 +96,8 @@ def _folder(config: TrainConfig, inputs: Mapping[str, str], place: checkpoint.Pl
     if run_id and begun.get("run") == run_id:
         return former.folder
     changed = checkpoint.differences(config, begun["settings"]) + lineage.differences(inputs, former.folder)
+    if begun["step"] > config.steps:
+        changed.append(f"steps: {begun['step']} there, {config.steps} here")
     if not changed:
         return former.folder
     print(f"{path}: is of another training ({', '.join(changed[:3])}); this one begins in {place.folder}", flush=True)

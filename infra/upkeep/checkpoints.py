@@ -1,16 +1,17 @@
 """Checkpoints that no training goes on from any more, in outputs, in folders that the recipe names, and their copies."""
 
 import contextlib
+import json
 import re
 from pathlib import Path
 
 from longtake.datasets import storage
-from longtake.datasets.errors import UserError
+from longtake.datasets.errors import Failure, UserError
 from longtake.infra.graph import Node
 from longtake.infra.runs import Runs
 from longtake.infra.upkeep.debris import Finds, Item, Kept, is_link, locked, run_of, size
 from longtake.infra.upkeep.past import PastRun, version_of
-from longtake.training.checkpoint import Place, place_of
+from longtake.training.checkpoint import copies_of, place_of
 from longtake.training.checkpoint.upload import maker
 from longtake.training.config import TrainConfig
 
@@ -28,24 +29,36 @@ def find(nodes: list[Node], store: Runs, past: list[PastRun]) -> Finds:
     ours = [run for run in past if run.experiment == store.experiment]
     current = {node.fingerprint for node in nodes}
     trainings = [node for node in nodes if isinstance(node.config, TrainConfig)]
-    wanted = [place for node in trainings if (place := _place(node, store))]
-    named = {Path(node.config.run.checkpoints) for node in trainings if node.config.run.checkpoints}  # type: ignore[attr-defined]
-    parts = {path for folder in named if folder.is_dir() for path in folder.iterdir()}
+    outputs = {node.name: store.output_of(node) for node in trainings}
+    wanted = {folder for node in trainings if (folder := _folder(node, outputs[node.name]))}
+    copies = {copies_of(node.config.run, outputs[node.name]) for node in trainings}  # type: ignore[attr-defined]
+    named, parts = _named(nodes), set(parts_of(nodes))
     # several runs may have used one, one after the other
     former = named | {path for path in parts if _FORMER.fullmatch(path.name)}
     default = {Path(run.output) / "checkpoints" for run in ours if storage.is_local(run.output)}
-    kept = former | {place.folder for place in wanted}
-    for folder in sorted(former | default | {path for path in parts if _PART.fullmatch(path.name)}):
+    kept = former | wanted
+    for folder in sorted(former | default | parts):
         if folder.is_dir() and not is_link(folder):
             yield from _in_folder(folder, ours, current, folder in kept, store)
     for url in sorted({node.config.run.upload for node in trainings if node.config.run.upload}):  # type: ignore[attr-defined]
-        yield from _copies(url, ours, current, {place.upload for place in wanted}, store)
+        yield from _copies(url, ours, current, copies, store)
 
 
-def _place(node: Node, store: Runs) -> Place | None:
+def parts_of(nodes: list[Node]) -> list[Path]:
+    """The folders of trainings in those that the recipe names."""
+    paths = [path for folder in sorted(_named(nodes)) if folder.is_dir() for path in sorted(folder.iterdir())]
+    return [path for path in paths if _PART.fullmatch(path.name) or _FORMER.fullmatch(path.name)]
+
+
+def _named(nodes: list[Node]) -> set[Path]:
+    runs = [node.config.run for node in nodes if isinstance(node.config, TrainConfig)]
+    return {Path(run.checkpoints) for run in runs if run.checkpoints}
+
+
+def _folder(node: Node, output: str) -> Path | None:
     """Where a training would go on; None where it cannot run."""
     with contextlib.suppress(UserError):
-        return place_of(node.config.run, store.output_of(node))  # type: ignore[attr-defined]
+        return place_of(node.config.run, output).folder  # type: ignore[attr-defined]
     return None
 
 
@@ -77,17 +90,35 @@ def _in_folder(folder: Path, ours: list[PastRun], current: set[str], kept: bool,
 def _copies(url: str, ours: list[PastRun], current: set[str], wanted: set[str | None], store: Runs) -> Finds:
     """The copies of trainings that nobody goes on from."""
     by_id = {run.id: run for run in ours}
-    for name in storage.names(url):
-        part = storage.join(url, name)
-        if not _PART.fullmatch(name) or part in wanted:
+    try:
+        parts = [storage.join(url, name) for name in storage.names(url) if _PART.fullmatch(name)]
+    except (Failure, OSError) as e:
+        yield Kept(url, f"could not be read ({' '.join(str(e).split())})")
+        return
+    for part in parts:
+        if part in wanted:
             continue
-        run = by_id.get(maker(part) or "")
+        try:
+            run = by_id.get(_maker(part) or "")
+        except (Failure, OSError, ValueError) as e:
+            yield Kept(part, f"could not be read ({' '.join(str(e).split())})")
+            continue
         if run is None:
             yield Kept(part, "no run of this recipe's experiment wrote the copies there")
         elif run.running:
             yield Kept(part, _running(run))
         elif unneeded := _why_unneeded("", "", run, ours, current, False, store):
             yield Item("copies", part, size(part), unneeded, (storage.join(part, "latest"), part))
+
+
+def _maker(part: str) -> str | None:
+    """The run of MLflow that made copies, also where `latest` is gone already; None where nothing says so."""
+    if run := maker(part):
+        return run
+    steps = [name for name in storage.names(part) if STEP.fullmatch(name)]
+    metas = [storage.join(part, name, "meta.json") for name in reversed(steps)]
+    found = next((url for url in metas if storage.exists(url)), None)
+    return str(json.loads(storage.read(found)).get("run")) if found else None
 
 
 def _running(run: PastRun) -> str:
@@ -106,7 +137,11 @@ def _why_unneeded(
     if kept:
         return None
     if run.status == "FINISHED":
-        if run.fingerprint in current or any(r.running for r in ours if r.fingerprint == run.fingerprint):
+        same = [r for r in ours if r.fingerprint == run.fingerprint or r.output == run.output]
+        # with other steps another run goes on from it
+        if run.fingerprint in current or any(
+            r.running or (r.output == run.output and r.status != "FINISHED") for r in same
+        ):
             return None
         gone = "the recipe has no stage with these settings any more"
         return f"{gone}, {run.uri} is registered" if version_of(store, run.uri) else None

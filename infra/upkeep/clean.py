@@ -55,7 +55,9 @@ def find(
         "tokens": lambda: _tokens(recipe, nodes, store, past),
         "text": lambda: _texts(recipe, nodes, store, past),
         "scores": lambda: _scores(recipe, nodes, store, past),
-        "debris": lambda: debris.find(recipe, store, [(run.id, run.output) for run in past], older),
+        "debris": lambda: debris.find(
+            recipe, store, [(run.id, run.output) for run in past], older, checkpoints.parts_of(nodes)
+        ),
         "cache": lambda: debris.cached_models(older),
         "captions": lambda: _captions(recipe, nodes, store, past),
     }

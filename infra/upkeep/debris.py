@@ -55,16 +55,22 @@ Finds = Iterator[Item | Kept]
 # Debris.
 
 
-def find(recipe: Recipe, store: Runs, past: Iterable[tuple[str, str]], older: float) -> Finds:
+def find(
+    recipe: Recipe, store: Runs, past: Iterable[tuple[str, str]], older: float, folders: Iterable[Path] = ()
+) -> Finds:
     """Debris of a workspace.
 
     Args:
         past: (id, output) of the runs that the store knows.
         older: seconds since its last change, at least.
+        folders: of checkpoints outside of the workspace.
     """
     local = storage.is_local(recipe.workspace)
     # spools of a remote workspace are in this machine's temporary folder
     yield from _spools(Path(recipe.workspace) if local else Path(tempfile.gettempdir()), older, deep=local)
+    for folder in folders:
+        if not is_link(folder) and not (local and folder.is_relative_to(recipe.workspace)):
+            yield from _spools(folder, older, deep=True)
     yield from _orphans(recipe, store, dict(past), older)
     yield from _partial_models(store, older)
 

@@ -313,6 +313,23 @@ def test_a_workspace_where_no_store_can_lie_is_refused_by_its_key(tmp_path: Path
         opened(tmp_path, tmp_path / name)
 
 
+def test_no_training_goes_on_in_another_workspace(tmp_path: Path, with_store: Callable[[Path], None]) -> None:
+    with_store(tmp_path / "ws")
+
+    def opened_in(workspace: str, steps: int) -> str:
+        content = {"name": "shared", "workspace": str(tmp_path / workspace), "stages": {"vae": VAE | {"steps": steps}}}
+        (tmp_path / "r.yaml").write_text(yaml.safe_dump(content))
+        loaded = recipe.load(str(tmp_path / "r.yaml"))
+        output = runs.connect(loaded).open(graph.build(loaded)[0], None)[1]
+        Path(output).mkdir(parents=True, exist_ok=True)
+        return output
+
+    first = opened_in("one", 100)
+    other = opened_in("two", 200)
+    assert other.startswith(f"{tmp_path}/two/") and opened_in("one", 300) == first
+    assert opened_in("two", 400) == other
+
+
 def test_a_training_goes_on_where_it_was_by_other_steps_another_name_and_after_force(
     tmp_path: Path, with_store: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -340,6 +357,10 @@ def test_a_training_goes_on_where_it_was_by_other_steps_another_name_and_after_f
     # a training that has finished with more steps is another, and so is one of other settings
     assert store.output_of(node(steps=50)) == node(steps=50).output
     assert store.output_of(node(steps=200, lr=0.5)) == node(steps=200, lr=0.5).output
+
+    # with fewer steps again it begins anew, whether its own run had failed or not
+    _, place = store.open(node(steps=100), None)
+    assert place.startswith(f"{output}-")
 
     # a run from nothing replaces what was before
     _, anew = store.open(node(steps=200), None, fresh=True)

@@ -169,14 +169,23 @@ def test_a_training_goes_on_where_it_began_before_there_were_parts(
     assert toy.run(steps=5) == 1 and toy.last == named
     # not that of another dataset, nor of other settings
     capsys.readouterr()
-    assert toy.run(lr=0.5) == 4 and toy.last == named / PART
+    assert toy.run(steps=5, lr=0.5) == 5 and toy.last == named / PART
     line = (
         f"{named}/step-00000005: is of another training (lr: 0.01 there, 0.5 here); this one begins in {named}/{PART}"
     )
     assert line in capsys.readouterr().out.splitlines()
     (tmp_path / "view.parquet").write_bytes(b"another view")
-    assert toy.run(OTHER) == 4 and toy.last == named / OTHER
+    assert toy.run(OTHER, steps=5) == 5 and toy.last == named / OTHER
     assert f"(view: {tmp_path}/view.parquet has changed); this one begins" in capsys.readouterr().out
+
+
+def test_a_training_of_fewer_steps_begins_anew_beside_one_from_before_there_were_parts(
+    toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert toy.run() == 4
+    made_before_there_were_parts(tmp_path / "named")
+    assert toy.run(steps=3) == 3 and toy.last == tmp_path / "named" / PART
+    assert "(steps: 4 there, 3 here); this one begins" in capsys.readouterr().out
 
 
 def test_a_run_goes_on_from_the_copy_that_it_made_before_there_were_parts(

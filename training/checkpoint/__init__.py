@@ -9,7 +9,16 @@ Training pauses while the state is written to the operating system. Syncing, ren
 it, in a thread of each rank.
 """
 
-from longtake.training.checkpoint.folder import Place, differences, former_place, latest, locked, meta, place_of
+from longtake.training.checkpoint.folder import (
+    Place,
+    copies_of,
+    differences,
+    former_place,
+    latest,
+    locked,
+    meta,
+    place_of,
+)
 from longtake.training.checkpoint.resume import beside, changes, for_world, load, trained
 from longtake.training.checkpoint.save import Checkpoints
 from longtake.training.checkpoint.weights import RAW, Weights
@@ -21,6 +30,7 @@ __all__ = [
     "Weights",
     "beside",
     "changes",
+    "copies_of",
     "differences",
     "for_world",
     "former_place",

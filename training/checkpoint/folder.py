@@ -27,6 +27,15 @@ class Place(NamedTuple):
     upload: str | None
 
 
+def copies_of(run: RunConfig, output: str) -> str | None:
+    """The URL of the copies of a stage that works in `output`; None where there are none."""
+    return storage.join(run.upload, _part(output)) if run.upload else None
+
+
+def _part(output: str) -> str:
+    return output.rstrip("/").rpartition("/")[2]
+
+
 def place_of(run: RunConfig, output: str) -> Place:
     """The place of the checkpoints of a stage that works in `output`.
 
@@ -36,10 +45,9 @@ def place_of(run: RunConfig, output: str) -> Place:
     Raises:
         UserError: the output is remote and no folder is named.
     """
-    part = output.rstrip("/").rpartition("/")[2]
-    upload = storage.join(run.upload, part) if run.upload else None
+    upload = copies_of(run, output)
     if run.checkpoints is not None:
-        return Place(Path(run.checkpoints) / part, upload)
+        return Place(Path(run.checkpoints) / _part(output), upload)
     if not storage.is_local(output):
         raise UserError(
             f"checkpoints: {output} is remote; name a local folder that all processes share, and upload: to keep a copy"
@@ -49,7 +57,7 @@ def place_of(run: RunConfig, output: str) -> Place:
 
 def former_place(run: RunConfig, output: str) -> Place:
     """The place by versions whose named folders and URLs had no parts, but for one named SUFFIX in a folder."""
-    suffix = output.rstrip("/").rpartition("/")[2].partition("-")[2]
+    suffix = _part(output).partition("-")[2]
     folder = place_of(run, output).folder if run.checkpoints is None else Path(run.checkpoints) / suffix
     return Place(folder, run.upload)
 

@@ -237,6 +237,44 @@ def test_in_the_parts_of_a_named_folder_and_of_its_copies_what_a_stage_would_go_
     assert not here.find(lr=0.25, steps=9, **places)[0]
 
 
+def test_in_a_named_folder_half_checkpoints_go_and_copies_without_a_name_too_and_a_store_that_fails_keeps_no_other(
+    here: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named, far = here.folder / "named", here.folder / "far"
+    places = {"checkpoints": str(named), "upload": str(far)}
+    run, output = here.ran("vae", "FINISHED", uri=here.registered(), lr=0.5, **places)
+    part = Path(output).name
+    checkpoint(far / part, 2, run)
+    # a deletion was stopped
+    (far / part / "latest").unlink()
+    half = named / part / ".step-00000002.tmp"
+    half.mkdir(parents=True)
+    (half / "model.pt").write_bytes(b"0" * 1000)
+    aged(half)
+    expected = {f"{far}/{part}", str(half)}
+    assert {*here.find(lr=0.25, **places)[0]} == expected
+
+    names = storage.names
+
+    def refuse(url: str) -> list[str]:
+        if url == str(far):
+            raise PermissionError(13, "Access Denied", url)
+        return names(url)
+
+    monkeypatch.setattr(storage, "names", refuse)
+    items, kept = here.find(lr=0.25, **places)
+    assert {*items} == {str(half)} and "Access Denied" in kept[str(far)]
+
+
+def test_what_another_run_goes_on_from_in_the_same_output_stays(here: Workspace) -> None:
+    _, output = here.ran("vae", "FINISHED", steps=2, uri=here.registered())
+    last = f"{output.removeprefix(here.workspace + '/')}/checkpoints/step-00000002"
+    assert last in here.find(lr=0.25)[0]
+    # it ended before its first checkpoint
+    assert here.ran("vae", "KILLED", skip_nonfinite=3)[1] == output
+    assert last not in here.find(lr=0.25)[0]
+
+
 def test_links_are_not_followed(here: Workspace) -> None:
     _, output = here.ran("vae", "FINISHED", steps=2)
     outside = here.folder / "outside"
