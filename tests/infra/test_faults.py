@@ -84,7 +84,7 @@ def test_four_processes_at_once_open_a_fresh_store_and_share_one_experiment(tmp_
     assert len({said.split("experiment ")[1] for _, said in ended}) == 1, ended
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_two_runs_of_one_recipe_at_once_make_one_model_and_no_half_of_it(dataset: str, tmp_path: Path) -> None:
     """That two make one dataset is shown in tests/pipeline/test_chaos_s3.py."""
     made = tmp_path / "dataset"

@@ -586,7 +586,7 @@ stages:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_recipe_goes_from_latents_to_a_model_that_remembers(inputs: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "memory.yaml").write_text(RECIPE.format(folder=tmp_path, **inputs))
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
